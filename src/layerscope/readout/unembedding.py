@@ -1,0 +1,95 @@
+"""The unembedding of a model: how a hidden vector becomes logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerscope.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """A reference to a model's output head; nothing is copied.
+
+    Logits are ``z = hidden @ weight.T + bias``, then ``z * scale``, then
+    ``softcap * tanh(z / softcap)``, all accumulated in float32.
+
+    Attributes:
+        weight: [vocab, d_model] as the model stores it (any float dtype, tied or not).
+        bias: [vocab] or None.
+        scale: factor on the logits (Cohere's ``logit_scale``; Granite's divisor enters inverted).
+        softcap: Gemma 2's final cap in logits, or None.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, "vocab"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ConfigError(
+                f"unembedding weight has shape {tuple(self.weight.shape)}; pass [vocab, d_model]"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ConfigError(
+                f"unembedding bias has shape {tuple(self.bias.shape)} for a vocabulary of "
+                f"{self.d_vocab}; pass [vocab] or None"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"softcap is {self.softcap}; pass a positive number or None")
+
+    @property
+    def d_vocab(self) -> int:
+        """Width of the softmax."""
+        return self.weight.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden vectors."""
+        return self.weight.shape[1]
+
+    def transform(
+        self, product: Float[Tensor, "row token"], *, first: int = 0
+    ) -> Float[Tensor, "row token"]:
+        """Turn bare products ``hidden @ weight.T`` into logits, in place, and return them.
+
+        Args:
+            product: float32 products for the tokens ``first .. first + token``.
+            first: id of the first token of this slice of the vocabulary.
+        """
+        if self.bias is not None:
+            product.add_(self.bias[first : first + product.shape[-1]].float())
+        if self.scale != 1.0:
+            product.mul_(self.scale)
+        if self.softcap is not None:
+            product.div_(self.softcap).tanh_().mul_(self.softcap)
+        return product
+
+    def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
+        """Return float32 logits of a few rows, with all transforms (the slow, obvious path)."""
+        self.check(hidden)
+        product = hidden.detach().float() @ self.weight.detach().float().T
+        return self.transform(product)
+
+    def check(self, hidden: Float[Tensor, "row d_model"]) -> None:
+        """Raise ConfigError when `hidden` is not [row, d_model] of this unembedding's width."""
+        if hidden.ndim != 2 or hidden.shape[1] != self.d_model:
+            raise ConfigError(
+                f"hidden has shape {tuple(hidden.shape)}; this unembedding needs "
+                f"[row, {self.d_model}]"
+            )
+
+
+def untransformed(unembedding: Unembedding) -> bool:
+    """Return True when the logits are the bare products: no bias, scale or softcap."""
+    return unembedding.bias is None and unembedding.scale == 1.0 and unembedding.softcap is None
+
+
+def as_float32(weight: Tensor) -> Tensor:
+    """Return `weight` itself when it is float32, else a float32 copy of this (small) slice."""
+    return weight if weight.dtype == torch.float32 else weight.float()
