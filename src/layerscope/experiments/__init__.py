@@ -1,1 +1,1 @@
-"""Part of layerscope."""
+"""Experiments: what a user runs, from configuration to a typed table and its summary."""

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against peers and plain references, measured side by side in one run."""

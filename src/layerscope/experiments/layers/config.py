@@ -1,0 +1,55 @@
+"""Configuration of the layers experiment: frozen, serialised with every run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from layerscope.errors import ConfigError, nearest
+from layerscope.measures import MeasureConfig
+
+LENSES = ("raw", "norm")
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """What to decode, with which lenses, and how large a step may be.
+
+    `norm_choice` is `final` (the final norm everywhere, as in the literature) or `next_norm` (the
+    input norm of the next block, a compatibility mode). `products` names the matrix product of the
+    readout, `run_products` that of the model's forward passes; `default` leaves torch as found.
+    Batch and tile sizes do not change a result beyond rounding, but they are part of the
+    configuration because the same bytes are promised only for the same configuration.
+    """
+
+    lenses: tuple[str, ...] = LENSES
+    norm_choice: Literal["final", "next_norm"] = "final"
+    top_k: int = 20
+    measures: MeasureConfig = field(default_factory=MeasureConfig)
+    products: Literal["default", "checked"] = "checked"
+    run_products: Literal["default", "checked"] = "default"
+    passes_per_batch: int = 32
+    batch_bytes: int = 512 * MIB  # residuals of all layers and positions of one batch
+    readout_bytes: int = 256 * MIB  # tiles of the readout
+
+    def __post_init__(self) -> None:
+        for name in self.lenses:
+            if name not in LENSES:
+                raise ConfigError(
+                    f"unknown lens {name!r}{nearest(name, LENSES)}; known: {', '.join(LENSES)}"
+                )
+        if not self.lenses or len(set(self.lenses)) < len(self.lenses):
+            raise ConfigError("give each lens once, and at least one: raw, norm")
+        if self.norm_choice not in ("final", "next_norm"):
+            raise ConfigError(
+                f"unknown norm choice {self.norm_choice!r}"
+                f"{nearest(self.norm_choice, ('final', 'next_norm'))}; use final or next_norm"
+            )
+        for name in ("top_k", "passes_per_batch", "batch_bytes", "readout_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON-able values."""
+        return asdict(self)
