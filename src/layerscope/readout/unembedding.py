@@ -26,7 +26,7 @@ class Unembedding:
     """
 
     weight: Float[Tensor, "vocab d_model"]
-    bias: Float[Tensor, "vocab"] | None = None
+    bias: Float[Tensor, " vocab"] | None = None
     scale: float = 1.0
     softcap: float | None = None
 
