@@ -1,0 +1,437 @@
+"""Prompts and batches of token ids: padding, masks, character offsets, and exactly one BOS."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from layerscope.errors import ConfigError, PromptError
+from layerscope.models.vocabulary import decode_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PaddingSide = Literal["left", "right"]
+Span: TypeAlias = tuple[int, int]
+RowOffsets: TypeAlias = tuple[Span | None, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a text, or token ids taken exactly as they are.
+
+    `key` names the prompt in messages and tables.
+    """
+
+    text: str | None = None
+    ids: tuple[int, ...] | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.ids is None):
+            raise PromptError("a Prompt takes either a text or ids: give exactly one of the two")
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(operator.index(id_) for id_ in self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Token ids of several prompts, padded to one width.
+
+    `offsets` holds, per row, the ``(start, end)`` characters of every real token in the prompt's
+    text: None for a token that is not in the text (an added BOS), and None for a whole row whose
+    text is unknown.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
+    lengths: tuple[int, ...]
+    padding_side: PaddingSide = "right"
+    offsets: tuple[RowOffsets | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_side(self.padding_side)
+        shape = tuple(self.ids.shape)
+        if len(shape) != 2 or 0 in shape or self.attention_mask.shape != self.ids.shape:
+            raise PromptError(
+                f"a batch needs ids and attention_mask of one shape [batch, pos], got {list(shape)}"
+                f" and {list(self.attention_mask.shape)}"
+            )
+        if self.ids.dtype != torch.long or self.attention_mask.dtype != torch.bool:
+            raise PromptError(
+                f"a batch needs int64 ids and a bool attention_mask, got {self.ids.dtype} and "
+                f"{self.attention_mask.dtype}; TokenBatch.from_tensors converts them"
+            )
+        expected = _mask(self.lengths, shape[1], self.padding_side)
+        if expected.shape != self.ids.shape or not torch.equal(expected, self.attention_mask.cpu()):
+            raise PromptError(
+                "attention_mask, lengths and padding_side disagree: each row must hold its real "
+                f"tokens in one piece, padded on the {self.padding_side}"
+            )
+        if self.offsets and len(self.offsets) != len(self.lengths):
+            raise PromptError("offsets need one entry per row (None where the text is unknown)")
+
+    @classmethod
+    def from_ids(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        pad_id: int = 0,
+        padding_side: PaddingSide = "right",
+        *,
+        offsets: Sequence[RowOffsets | None] = (),
+    ) -> TokenBatch:
+        """Pad sequences of ids to the longest; `pad_id` may be any id, the mask hides it."""
+        _check_side(padding_side)
+        if not sequences:
+            raise PromptError("there is no prompt: give at least one")
+        lengths = tuple(len(sequence) for sequence in sequences)
+        if 0 in lengths:
+            raise PromptError(f"prompt {lengths.index(0)} is empty: give it at least one token")
+        width = max(lengths)
+        ids = torch.full((len(lengths), width), pad_id, dtype=torch.long)
+        mask = _mask(lengths, width, padding_side)
+        ids[mask] = torch.tensor([int(id_) for sequence in sequences for id_ in sequence])
+        return cls(ids, mask, lengths, padding_side, tuple(offsets))
+
+    @classmethod
+    def from_tensors(
+        cls, ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"]
+    ) -> TokenBatch:
+        """Wrap ids and their attention mask (1 or True = real token); finds the padding side."""
+        mask = attention_mask.bool()
+        if mask.ndim != 2 or mask.numel() == 0:
+            raise PromptError(f"attention_mask must be [batch, pos], got {list(mask.shape)}")
+        lengths = tuple(int(length) for length in mask.sum(dim=1))
+        if 0 in lengths:
+            raise PromptError(f"prompt {lengths.index(0)} is empty: its attention mask is all zero")
+        side: PaddingSide = "right" if bool(mask[:, 0].all()) else "left"
+        return cls(ids.long(), mask, lengths, side)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Number of columns, padding included."""
+        return self.ids.shape[1]
+
+    def position_ids(self) -> Int[Tensor, "batch pos"]:
+        """Return 0-based positions over the real tokens; padded columns get 0."""
+        return (self.attention_mask.long().cumsum(dim=1) - 1) * self.attention_mask
+
+    def column(self, row: int, position: int) -> int:
+        """Return the padded column of a position of the unpadded row (negative: from its end)."""
+        length = self.lengths[self._row(row)]
+        if not -length <= position < length:
+            raise PromptError(
+                f"position {position} is outside prompt {row}, which has {length} tokens: use "
+                f"{-length} to {length - 1}"
+            )
+        return self._start(row) + position % length
+
+    def row_ids(self, row: int) -> tuple[int, ...]:
+        """Return the ids of one row without padding."""
+        length = self.lengths[self._row(row)]
+        start = self._start(row)
+        return tuple(int(id_) for id_ in self.ids[row, start : start + length].tolist())
+
+    def tokens(self, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Return the text of each token of one row without padding, leading spaces kept."""
+        return decode_tokens(tokenizer, self.row_ids(row))
+
+    def to(self, device: str | torch.device) -> TokenBatch:
+        """Return the batch with its tensors on `device`."""
+        return replace(self, ids=self.ids.to(device), attention_mask=self.attention_mask.to(device))
+
+    def _row(self, row: int) -> int:
+        if not -len(self) <= row < len(self):
+            raise PromptError(f"there is no prompt {row}: the batch has {len(self)}")
+        return row
+
+    def _start(self, row: int) -> int:
+        return self.width - self.lengths[row] if self.padding_side == "left" else 0
+
+
+PromptLike: TypeAlias = str | Prompt | Sequence[int]
+PromptsLike: TypeAlias = PromptLike | Sequence[PromptLike] | Tensor | Mapping[str, Any] | TokenBatch
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    ids: tuple[int, ...]
+    offsets: RowOffsets | None
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptsLike,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: PaddingSide = "right",
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+) -> TokenBatch:
+    """Turn prompts into one padded batch.
+
+    A text gets what its tokenizer puts in front of it (one BOS where the model uses one, nothing
+    for GPT-2 or Qwen), never a second BOS, and never what the tokenizer appends (EOS, SEP).
+    Prompts given as ids are taken as they are. A batch, or a mapping with ``input_ids`` and
+    ``attention_mask``, keeps its own padding.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompts: a text, ids, a `Prompt`, a sequence of these, a tensor [batch, pos] or a batch.
+        prepend_bos: True prepends a BOS where there is none yet, ids included; False adds nothing
+            (a BOS written in the text stays); None does what the tokenizer does.
+        padding_side: where shorter rows are padded.
+        max_length: most tokens a prompt may have (the model's context).
+        vocab_size: number of ids the model knows; default: those of the tokenizer.
+
+    Raises:
+        PromptError: a prompt is empty, too long, starts with two BOS, has an id outside the
+            vocabulary, or is an unmasked padded tensor; or a BOS is asked of a tokenizer without.
+    """
+    _check_side(padding_side)
+    size = len(tokenizer) if vocab_size is None else vocab_size
+    batch = _ready_batch(prompts)
+    if batch is not None:
+        if prepend_bos:
+            raise PromptError("prepend_bos=True cannot change a batch: build it with its BOS")
+        rows = [batch.row_ids(row) for row in range(len(batch))]
+        _check_rows(rows, [None] * len(rows), max_length, size)
+        return batch
+    items = _as_prompts(cast(Any, prompts), tokenizer)
+    bos = _bos_id(tokenizer, required=prepend_bos is True)
+    front = _front(tokenizer, items, prepend_bos)
+    encoded = [
+        _encode_text(tokenizer, item, index, front, bos)
+        if item.text is not None
+        else _take_ids(item.ids or (), bos if prepend_bos else None)
+        for index, item in enumerate(items)
+    ]
+    rows = [item.ids for item in encoded]
+    _check_rows(rows, [item.key for item in items], max_length, size)
+    pad = tokenizer.pad_token_id
+    pad_id = pad if isinstance(pad, int) and 0 <= pad < size else 0
+    return TokenBatch.from_ids(
+        rows, pad_id, padding_side, offsets=[item.offsets for item in encoded]
+    )
+
+
+def encode_plain(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[tuple[int, ...], RowOffsets | None]:
+    """Return the ids of a text without special tokens, and their character spans if known.
+
+    Raises:
+        PromptError: the tokenizer has no token for some part of the text.
+    """
+    try:
+        encoding = tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=bool(tokenizer.is_fast),
+            return_attention_mask=False,
+            verbose=False,
+        )
+    # tokenizers raises bare Exceptions, e.g. for a word-level vocabulary without an unknown token.
+    except Exception as error:
+        raise PromptError(f"the tokenizer cannot encode {_short(text)}: {error}") from error
+    ids = tuple(cast(list[int], encoding["input_ids"]))
+    if not tokenizer.is_fast:
+        return ids, None
+    spans = cast(list[Span], encoding["offset_mapping"])
+    return ids, tuple((int(start), int(end)) for start, end in spans)
+
+
+def leading_specials(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = ()
+) -> tuple[int, ...]:
+    """Return the ids this tokenizer itself puts in front of a text (usually one BOS, or none).
+
+    Found by encoding a probe, or else one of `texts`, with and without special tokens: the flag
+    ``add_bos_token`` is not reliable, a post-processor may add a BOS that the flag denies.
+    """
+    special = set(tokenizer.all_special_ids)
+    for text in ("a", *texts):
+        try:
+            plain, _ = encode_plain(tokenizer, text)
+        except PromptError:
+            continue  # a small word-level vocabulary may not know the probe
+        if not plain or plain[0] in special:
+            continue
+        full = tuple(cast(list[int], tokenizer(text, verbose=False)["input_ids"]))
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start]
+    return ()
+
+
+def _check_side(padding_side: str) -> None:
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+
+
+def _mask(lengths: Sequence[int], width: int, padding_side: PaddingSide) -> Tensor:
+    columns = torch.arange(width)[None, :]
+    real = torch.tensor(lengths)[:, None]
+    return columns >= width - real if padding_side == "left" else columns < real
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _label(index: int, key: str | None) -> str:
+    return f"prompt {index}" + (f" ({key!r})" if key else "")
+
+
+def _ready_batch(prompts: PromptsLike) -> TokenBatch | None:
+    """Return the batch where ids come with their mask, else None."""
+    if isinstance(prompts, TokenBatch):
+        return prompts
+    if isinstance(prompts, Mapping):
+        if "input_ids" not in prompts or "attention_mask" not in prompts:
+            raise PromptError("a mapping of prompts needs 'input_ids' and 'attention_mask'")
+        try:
+            ids, mask = (torch.as_tensor(prompts[name]) for name in ("input_ids", "attention_mask"))
+        except (TypeError, ValueError) as error:
+            raise PromptError(
+                "input_ids and attention_mask must be rectangular: pad them, or pass bare sequences"
+            ) from error
+        if ids.ndim == 1:
+            ids, mask = ids[None], mask[None]
+        return TokenBatch.from_tensors(ids, mask)
+    return None
+
+
+def _as_prompts(
+    prompts: PromptLike | Sequence[PromptLike] | Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [Prompt(text=prompts)]
+    if isinstance(prompts, Prompt):
+        return [prompts]
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (1, 2) or prompts.is_floating_point() or not prompts.numel():
+            raise PromptError(
+                f"a tensor of prompts must hold integer ids [batch, pos], got {prompts.dtype} "
+                f"{list(prompts.shape)}"
+            )
+        prompts = cast(list[list[int]], prompts.reshape(-1, prompts.shape[-1]).tolist())
+    items: list[Any] = list(prompts)
+    if not items:
+        raise PromptError("there is no prompt: give at least one")
+    if all(isinstance(item, Integral) for item in items):
+        items = [items]
+    converted = [_as_prompt(item, index) for index, item in enumerate(items)]
+    for index, (item, prompt) in enumerate(zip(items, converted, strict=True)):
+        # Ids in a Prompt are meant as they are; bare ones may be the output of a padding tokenizer.
+        if prompt.ids is not None and not isinstance(item, Prompt):
+            _check_unmasked(prompt.ids, index, tokenizer)
+    return converted
+
+
+def _as_prompt(item: Any, index: int) -> Prompt:
+    if isinstance(item, Prompt):
+        return item
+    if isinstance(item, str):
+        return Prompt(text=item)
+    try:
+        return Prompt(ids=tuple(item))
+    except TypeError as error:
+        raise PromptError(
+            f"prompt {index} is a {type(item).__name__}: give a text, a Prompt or token ids"
+        ) from error
+
+
+def _check_unmasked(ids: tuple[int, ...], index: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse bare ids that contain the padding id: the model would read padding as text."""
+    pad = tokenizer.pad_token_id
+    if not isinstance(pad, int):
+        return
+    # Where BOS and padding share an id, a single one at the very front is a BOS.
+    body = ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids
+    if pad in body:
+        raise PromptError(
+            f"prompt {index} contains the padding id {pad} and has no mask: pass a TokenBatch or "
+            "an attention mask ({'input_ids': ..., 'attention_mask': ...})"
+        )
+
+
+def _bos_id(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> int | None:
+    bos = tokenizer.bos_token_id
+    if isinstance(bos, int):
+        return bos
+    if required:
+        raise PromptError(
+            "prepend_bos=True needs a BOS token and this tokenizer has none: leave prepend_bos out"
+        )
+    return None
+
+
+def _front(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Prompt], prepend_bos: bool | None
+) -> tuple[int, ...]:
+    """Return the ids that go in front of every text."""
+    if prepend_bos is False:
+        return ()
+    if prepend_bos is True:
+        return (cast(int, tokenizer.bos_token_id),)
+    return leading_specials(tokenizer, [item.text for item in items if item.text])
+
+
+def _encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Prompt,
+    index: int,
+    front: tuple[int, ...],
+    bos: int | None,
+) -> _Encoded:
+    label, text = _label(index, item.key), item.text or ""
+    if not text:
+        raise PromptError(f"{label} is empty: give it a text")
+    try:
+        ids, offsets = encode_plain(tokenizer, text)
+    except PromptError as error:
+        raise PromptError(f"{label}: {error}") from error
+    if not ids:
+        raise PromptError(f"{label} has no tokens: {_short(text)} is nothing to this tokenizer")
+    if front and bos is not None and ids[:2] == (bos, bos):
+        raise PromptError(f"{label} starts with two BOS tokens: write it once, or not at all")
+    if ids[0] in front:
+        # The text spells its own BOS: keep that one.
+        front = front[: front.index(ids[0])]
+    spans = None if offsets is None else (None,) * len(front) + offsets
+    return _Encoded(front + ids, spans)
+
+
+def _take_ids(ids: tuple[int, ...], bos: int | None) -> _Encoded:
+    return _Encoded(ids if bos is None or ids[:1] == (bos,) else (bos, *ids), None)
+
+
+def _check_rows(
+    rows: Sequence[Sequence[int]], keys: Sequence[str | None], max_length: int | None, size: int
+) -> None:
+    for index, (row, key) in enumerate(zip(rows, keys, strict=True)):
+        label = _label(index, key)
+        if not row:
+            raise PromptError(f"{label} is empty: give it at least one token")
+        if max_length is not None and len(row) > max_length:
+            raise PromptError(
+                f"{label} has {len(row)} tokens and the model's context holds {max_length}: "
+                "shorten it"
+            )
+        wrong = next((id_ for id_ in row if not 0 <= id_ < size), None)
+        if wrong is not None:
+            raise PromptError(
+                f"{label} has the id {wrong}, outside the vocabulary of {size}: was it made with "
+                "another tokenizer?"
+            )
