@@ -1,0 +1,100 @@
+"""What a readout returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Divergences:
+    """How each row's distribution p differs from another, q (bits; L1 is 0..2)."""
+
+    kl_to_bits: Float[Tensor, " row"] | None = None  # KL(p || q)
+    kl_from_bits: Float[Tensor, " row"] | None = None  # KL(q || p)
+    js_bits: Float[Tensor, " row"] | None = None
+    l1: Float[Tensor, " row"] | None = None
+    cosine: Float[Tensor, " row"] | None = None  # of bias-free, untransformed logits
+    jaccard: Float[Tensor, " row"] | None = None  # of the overlap_k most likely tokens
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Statistics of every row over the vocabulary: CPU tensors, None where not asked for.
+
+    Floats are float32. A row that holds NaN or infinity is flagged in `nonfinite`; its floats are
+    NaN, its ids -1 and its ranks 0. A token or set that was given as -1 yields NaN and rank 0.
+    """
+
+    logsumexp: Float[Tensor, " row"]  # nats
+    nonfinite: Bool[Tensor, " row"]
+    entropy_bits: Float[Tensor, " row"] | None = None
+    top_ids: Int[Tensor, "row k"] | None = None  # most likely first, ties by lowest id
+    top_logits: Float[Tensor, "row k"] | None = None
+    top_log2p: Float[Tensor, "row k"] | None = None  # bits
+    top1_top2_gap: Float[Tensor, " row"] | None = None  # logits
+    overlap_ids: Int[Tensor, "row overlap_k"] | None = None
+    max_abs_logit: Float[Tensor, " row"] | None = None
+    min_log2p: Float[Tensor, " row"] | None = None  # bits
+    token_logit: Float[Tensor, "row n_tok"] | None = None
+    token_log2p: Float[Tensor, "row n_tok"] | None = None  # bits
+    token_rank: Int[Tensor, "row n_tok"] | None = None  # 1 + strictly larger logits; 0 for none
+    cos_to_token: Float[Tensor, "row n_tok"] | None = None  # hidden with the unembedding row
+    set_mass: Float[Tensor, "row n_sets"] | None = None
+    set_topk_mass: Float[Tensor, "row n_sets"] | None = (
+        None  # members among the overlap_k likeliest
+    )
+    cos_to_set_max: Float[Tensor, "row n_sets"] | None = None
+    reference: Divergences | None = None
+    reference_entropy_bits: Float[Tensor, " row"] | None = None
+    against: Divergences | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.logsumexp.shape[0]
+
+
+class Collector:
+    """Gathers the pieces of many tiles and puts their rows back into the caller's order."""
+
+    def __init__(self) -> None:
+        self._tiles: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+    def add(self, rows: Int[Tensor, " n"], values: dict[str, Tensor]) -> None:
+        """Take the statistics of the caller's rows `rows`; names may carry a ``group.`` prefix."""
+        self._tiles.append((rows, values))
+
+    def finish(self, *, n_rows: int) -> Readout:
+        """Build the Readout: every row is written where it came from, NaN where it has no value."""
+        plain: dict[str, Any] = {}
+        grouped: dict[str, dict[str, Tensor]] = {}
+        names = dict.fromkeys(name for _, values in self._tiles for name in values)
+        for name in names:
+            group, _, field = name.rpartition(".")
+            column = self._column(name, n_rows)
+            if group:
+                grouped.setdefault(group, {})[field] = column
+            else:
+                plain[name] = column
+        for group, columns in grouped.items():
+            plain[group] = Divergences(**columns)
+        return Readout(**plain)
+
+    def _column(self, name: str, n_rows: int) -> Tensor:
+        column: Tensor | None = None
+        for rows, values in self._tiles:
+            if name not in values:
+                continue
+            piece = values[name].cpu()
+            piece = piece.float() if piece.is_floating_point() else piece
+            if column is None:
+                empty = torch.nan if piece.is_floating_point() else 0
+                column = torch.full((n_rows, *piece.shape[1:]), empty, dtype=piece.dtype)
+            column[rows] = piece
+        assert column is not None
+        return column
