@@ -1,0 +1,219 @@
+"""The parts of the page that are written once per model: header, guidance, facts, provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from layerscope.measures.table import LayersTable, PromptInfo
+from layerscope.reports.data import kind
+from layerscope.reports.glossary import TABULATED, label, meaning
+from layerscope.reports.text import number, visible
+from layerscope.reports.verdict import (
+    Reason,
+    advice,
+    baseline_prompt,
+    milestones_of,
+    pass_entry,
+    reading,
+    reasons,
+    trust,
+)
+
+MAX_PROVENANCE_CHARS = 60_000
+
+
+@dataclass(frozen=True)
+class FactRow:
+    """One fact in the table of facts; ``cells`` are (text, explanation) in TABULATED order."""
+
+    prompt_index: int
+    name: str
+    answer: str
+    top1: str
+    p_answer: str
+    rank: str
+    cells: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ModelSections:
+    """What the template needs to know of one model."""
+
+    model: str
+    chips: tuple[tuple[str, str], ...]
+    verdict: str
+    trust: str | None
+    trust_why: str
+    reasons: tuple[Reason, ...]
+    advice: tuple[str, ...]
+    omitted: tuple[str, ...]
+    raw_summary: tuple[str, ...]
+    columns: tuple[tuple[str, str], ...]
+    facts: tuple[FactRow, ...]
+    aggregates: tuple[tuple[str, str], ...]
+    facts_absent: str | None
+    provenance: str | None
+
+
+def model_sections(
+    table: LayersTable,
+    summary: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    *,
+    omitted: Sequence[str] = (),
+) -> ModelSections:
+    """Prepare the server-side parts of one model; all strings are plain text, not HTML."""
+    prompt = baseline_prompt(table, summary)
+    level, why = trust(summary)
+    facts = _facts(table, summary)
+    return ModelSections(
+        model=visible(table.meta.model, keep_spaces=True),
+        chips=_chips(table, provenance),
+        verdict=reading(summary, prompt),
+        trust=level,
+        trust_why=why,
+        reasons=tuple(reasons(summary)),
+        advice=tuple(advice(summary)),
+        omitted=tuple(omitted),
+        raw_summary=_raw_summary(summary, prompt),
+        columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
+        facts=facts,
+        aggregates=_aggregates(summary),
+        facts_absent=None if facts else "No fact was measured with the norm lens.",
+        provenance=_provenance(table, provenance),
+    )
+
+
+def find(tree: Any, names: Sequence[str]) -> Any:
+    """Return the first value under one of ``names`` in nested mappings, shallow levels first."""
+    level: list[Any] = [tree]
+    while level:
+        mappings = [entry for entry in level if isinstance(entry, Mapping)]
+        for name in names:
+            for entry in mappings:
+                if entry.get(name) not in (None, "") and not isinstance(entry[name], Mapping):
+                    return entry[name]
+        level = [value for entry in mappings for value in entry.values()]
+    return None
+
+
+def _chips(table: LayersTable, provenance: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    meta = table.meta
+    sources = {"run": provenance, "table": meta.provenance}
+    prompts = list(table.passes())
+    n_facts = sum(1 for prompt in prompts if kind(prompt) == "fact")
+    chips: list[tuple[str, Any]] = [
+        ("layers", meta.n_layers),
+        ("vocabulary", meta.d_vocab),
+        ("width", meta.d_model),
+        ("prompts", f"{len(prompts)} ({n_facts} facts)" if n_facts else len(prompts)),
+        ("lenses", ", ".join(table.lenses)),
+        ("norm", meta.norm_choice),
+        ("device", find(sources, ("device",))),
+        ("dtype", find(sources, ("dtype", "dtype_compute"))),
+        ("run", find(sources, ("date", "finished_at", "started_at", "created_at", "timestamp"))),
+    ]
+    return tuple(
+        (name, visible(number(value), keep_spaces=True)) for name, value in chips if value
+    )
+
+
+def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple[str, ...]:
+    """Say in sentences how far raw and norm lens agree on the baseline's fact."""
+    full = _of_fact(summary.get("raw_lens_full"), prompt)
+    if not full:
+        return ("The summary holds no comparison of the raw and the norm lens over all layers.",)
+    score: Mapping[str, Any] = full.get("score") or {}
+    lines: list[str] = []
+    if score.get("tier"):
+        lines.append(
+            f"Artefact tier {score['tier']} (score {number(score.get('lens_artifact_score'))} "
+            "of 1)."
+        )
+    share = full.get("pct_layers_kl_ge_1.0")
+    if share is not None:
+        lines.append(
+            f"In {100 * float(share):.0f}% of the layers the two lenses differ by 1 bit or more; "
+            f"at most {number(full.get('max_kl_norm_vs_raw_bits'))} bits."
+        )
+    count = full.get("n_norm_only_semantics_layers")
+    if count is not None:
+        lines.append(
+            f"In {number(count)} layer(s) only the norm lens puts the answer on top."
+            if count
+            else "In no layer is the answer on top under the norm lens alone."
+        )
+    return tuple(lines)
+
+
+def _of_fact(block: Any, prompt: PromptInfo | None) -> Mapping[str, Any]:
+    if not isinstance(block, Mapping) or not block:
+        return {}
+    key = prompt.fact_key if prompt is not None else None
+    if key is not None and isinstance(block.get(key), Mapping):
+        return block[key]
+    first = next(iter(block.values()))
+    return first if isinstance(first, Mapping) else block
+
+
+def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...]:
+    rows: list[FactRow] = []
+    for prompt in table.passes():
+        entry = pass_entry(summary, prompt.prompt_index)
+        if kind(prompt) != "fact" or entry is None:
+            continue
+        found = milestones_of(entry)
+        head = prompt.head
+        rows.append(
+            FactRow(
+                prompt_index=prompt.prompt_index,
+                name=visible(prompt.fact_key or prompt.text, keep_spaces=True),
+                answer=visible(prompt.answer_pieces[0] if prompt.answer_pieces else prompt.answer),
+                top1=visible(head.top_tokens[0]) if head and head.top_tokens else "–",
+                p_answer=number(head.p_answer) if head else "–",
+                rank=number(head.answer_rank) if head else "–",
+                cells=tuple(milestone_cell(found.get(name)) for name in TABULATED),
+            )
+        )
+    return tuple(rows)
+
+
+def milestone_cell(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return a milestone as a short text and an explanation: first, and stable when later."""
+    first = (entry or {}).get("first")
+    if entry is None or first is None:
+        return "–", "never"
+    if "stable" not in entry:
+        return str(first), f"first at layer {first}"
+    stable = entry["stable"]
+    if stable == first:
+        return str(first), f"from layer {first} to the end"
+    if stable is None:
+        return f"{first} ✕", f"first at layer {first}, not true at the last layer"
+    return f"{first} → {stable}", f"first at layer {first}, lost again, stable from layer {stable}"
+
+
+def _aggregates(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    suite: Mapping[str, Any] = summary.get("micro_suite") or {}
+    aggregates: Mapping[str, Any] = suite.get("aggregates") or {}
+    pairs: list[tuple[str, str]] = []
+    for name, value in aggregates.items():
+        if isinstance(value, list | tuple):
+            value = " to ".join(number(entry) for entry in value)
+        if isinstance(value, str | int | float):
+            pairs.append((str(name), number(value)))
+    return tuple(pairs)
+
+
+def _provenance(table: LayersTable, provenance: Mapping[str, Any]) -> str | None:
+    tree = dict(provenance) or dict(table.meta.provenance)
+    if not tree:
+        return None
+    text = json.dumps(tree, indent=2, ensure_ascii=False, default=str)
+    text = "\n".join(visible(line, keep_spaces=True) for line in text.split("\n"))
+    if len(text) > MAX_PROVENANCE_CHARS:
+        text = text[:MAX_PROVENANCE_CHARS] + "\n… (shortened; the run's JSON file holds all of it)"
+    return text
