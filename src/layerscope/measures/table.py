@@ -24,7 +24,8 @@ METADATA_KEY = "layerscope"
 
 KEY_COLUMNS: tuple[str, ...] = ("prompt_index", "lens", "layer", "pos")
 
-# Identity of a row. `pos` counts the tokens of the unpadded sequence (a beginning-of-sequence token is position 0).
+# Identity of a row. `pos` counts the tokens of the unpadded sequence; a beginning-of-sequence token
+# is position 0.
 IDENTITY: dict[str, pl.DataType] = {
     "prompt_index": pl.Int32(),  # order of the pass within its run
     "fact_key": pl.String(),  # null for a control pass that shares its fact with none
@@ -53,7 +54,7 @@ EVERY_POSITION: dict[str, pl.DataType] = {
     "resid_norm": pl.Float64(),  # L2 norm of the undecoded residual
     "max_abs_logit": pl.Float64(),
     "min_prob": pl.Float64(),
-    "nonfinite": pl.Boolean(),  # NaN or infinity in the residual, the normalised vector or the logits
+    "nonfinite": pl.Boolean(),  # NaN or infinity in residual, normalised vector or logits
 }
 
 # Known at the last position only; null elsewhere.
@@ -74,7 +75,7 @@ LAST_POSITION: dict[str, pl.DataType] = {
     "l1_to_final": pl.Float64(),
     "kl_to_final_bits_norm_temp": pl.Float64(),
     "cos_to_final": pl.Float64(),  # cosine of bias-free, untransformed logits
-    "cos_to_answer": pl.Float64(),  # cosine of the unembedded vector with the answer's unembedding row
+    "cos_to_answer": pl.Float64(),  # unembedded vector with the answer's unembedding row
     "cos_to_prompt_max": pl.Float64(),
     "echo_mass_prompt": pl.Float64(),
     "topk_prompt_mass": pl.Float64(),  # probability on prompt tokens among the 50 most likely
@@ -179,7 +180,7 @@ class TableMeta:
                 f"table schema {data['schema_version']} is newer than this layerscope understands "
                 f"({SCHEMA_VERSION}); upgrade layerscope"
             )
-        data["prompts"] = tuple(_prompt_from_dict(entry) for entry in data.get("prompts", ()))
+        data["prompts"] = tuple(prompt_from_dict(entry) for entry in data.get("prompts", ()))
         data["ignored_token_sample"] = tuple(data.get("ignored_token_sample", ()))
         return TableMeta(**_known(TableMeta, data))
 
@@ -189,7 +190,8 @@ def _known(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key in names}
 
 
-def _prompt_from_dict(data: Mapping[str, Any]) -> PromptInfo:
+def prompt_from_dict(data: Mapping[str, Any]) -> PromptInfo:
+    """Rebuild a pass from plain JSON values; unknown keys are ignored."""
     values = _known(PromptInfo, data)
     for name in ("prompt_ids", "tokens", "answer_ids", "answer_pieces"):
         values[name] = tuple(values.get(name, ()))

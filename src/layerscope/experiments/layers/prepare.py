@@ -1,0 +1,125 @@
+"""From passes to token sequences: answers aligned, batches cut, all checks made before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerscope.errors import PromptError
+from layerscope.experiments.layers.config import LayersConfig
+from layerscope.experiments.layers.prompts import Pass
+from layerscope.measures.table import SCHEMA_VERSION
+from layerscope.models import LanguageModel
+from layerscope.models.answers import AnswerAlignment, align_answer
+from layerscope.models.vocabulary import is_ignorable
+
+BYTES_PER_VALUE = 4  # residuals are decoded in float32
+COPIES = 3  # captured, gathered, transformed: what of one batch's residuals is alive at once
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """A pass whose answer is aligned with its tokens.
+
+    `sequence` is what goes through the model: special tokens, prompt, and all answer tokens but the
+    last, so that later answer tokens are scored given the earlier ones. Causality leaves
+    everything up to `length`, the end of the prompt, as if the answer were not there.
+    """
+
+    source: Pass
+    alignment: AnswerAlignment
+    prompt_ids: tuple[int, ...]
+    sequence: tuple[int, ...]
+    length: int
+    foil_id: int | None
+    echo_ids: tuple[int, ...]  # tokens of the prompt that carry meaning, each once
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """Passes that go through the model as one padded batch, under a key of their content."""
+
+    key: str
+    passes: tuple[PreparedPass, ...]
+
+
+def prepare(model: LanguageModel, passes: Sequence[Pass]) -> list[PreparedPass]:
+    """Align every answer and tokenise every prompt; raises PromptError naming the prompt."""
+    strings = model.token_strings()
+    found: list[PreparedPass] = []
+    for source in passes:
+        try:
+            found.append(_prepare_one(model, source, strings))
+        except PromptError as error:
+            name = source.fact_key or "the control"
+            raise type(error)(f"prompt {name!r} ({source.variant}): {error}") from None
+    return found
+
+
+def _prepare_one(model: LanguageModel, source: Pass, strings: Sequence[str]) -> PreparedPass:
+    alignment = align_answer(model.tokenizer, source.text, source.answer)
+    foil_id = None
+    if source.foil is not None:
+        foil_id = align_answer(model.tokenizer, source.text, source.foil).first_id
+    prompt_ids = tuple(model.tokenizer(source.text, add_special_tokens=False)["input_ids"])
+    start = model.tokenize([source.text]).row_ids(0)
+    sequence = (*start, *alignment.ids[:-1])
+    if model.n_ctx is not None and len(sequence) > model.n_ctx:
+        raise PromptError(
+            f"{len(sequence)} tokens with its answer, but {model.name} reads at most "
+            f"{model.n_ctx}; shorten the prompt"
+        )
+    echo = tuple(dict.fromkeys(token for token in prompt_ids if not is_ignorable(strings[token])))
+    return PreparedPass(
+        source=source,
+        alignment=alignment,
+        prompt_ids=prompt_ids,
+        sequence=tuple(int(token) for token in sequence),
+        length=len(start),
+        foil_id=foil_id,
+        echo_ids=echo,
+    )
+
+
+def work_units(
+    prepared: Sequence[PreparedPass],
+    config: LayersConfig,
+    *,
+    n_layers: int,
+    d_model: int,
+    identity: Mapping[str, Any],
+) -> list[WorkUnit]:
+    """Cut passes into padded batches that respect the configuration's memory and pass limits.
+
+    The cut depends on the passes, the configuration and the model only, so a run that is started
+    again finds the units it finished before. `identity` is what else decides the bytes of a
+    result: the model's weights, dtype, device and the versions of the software.
+    """
+    per_token = (n_layers + 1) * d_model * BYTES_PER_VALUE * COPIES
+    groups: list[list[PreparedPass]] = []
+    longest = 0
+    for item in prepared:
+        widest = max(longest, len(item.sequence))
+        group = groups[-1] if groups else []
+        full = len(group) >= config.passes_per_batch
+        if not groups or full or widest * (len(group) + 1) * per_token > config.batch_bytes:
+            groups.append([item])
+            longest = len(item.sequence)
+        else:
+            group.append(item)
+            longest = widest
+    return [WorkUnit(_key(group, config, identity), tuple(group)) for group in groups]
+
+
+def _key(group: Sequence[PreparedPass], config: LayersConfig, identity: Mapping[str, Any]) -> str:
+    content = {
+        "schema": SCHEMA_VERSION,
+        "identity": dict(identity),
+        "config": config.to_dict(),
+        "passes": [asdict(item.source) for item in group],
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,210 @@
+"""The layers experiment: prompts through a model, every layer through lenses, into one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import polars as pl
+
+from layerscope.experiments import provenance
+from layerscope.experiments.layers.config import LayersConfig
+from layerscope.experiments.layers.decode import BatchDecoder
+from layerscope.experiments.layers.prepare import WorkUnit, prepare, work_units
+from layerscope.experiments.layers.prompts import Fact, PromptSet
+from layerscope.lenses import get_lens
+from layerscope.measures import summarise, with_copy_flags
+from layerscope.measures.table import LayersTable, PromptInfo, TableMeta, conform, prompt_from_dict
+from layerscope.models import LanguageModel, load
+from layerscope.models.vocabulary import ignore_mask
+from layerscope.products import choose
+
+IGNORED_SAMPLE = 16
+
+Progress = Callable[[int, int], None]
+
+
+class UnitStore(Protocol):
+    """Where finished work units are kept, so that a killed run goes on where it stopped."""
+
+    def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any]] | None:
+        """Return a finished unit's rows and payload, or None."""
+        ...
+
+    def put_unit(self, key: str, frame: pl.DataFrame, payload: dict[str, Any]) -> None:
+        """Keep a finished unit; called once per unit."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayersResult:
+    """What the experiment found: the typed table, its summary, and where both come from."""
+
+    table: LayersTable
+    summary: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def milestones(self) -> pl.DataFrame:
+        """Return one row per pass and lens with its main milestones (row indices)."""
+        names = ("L_copy", "L_semantic", "first_kl_below_0.5", "first_kl_below_1.0")
+        keys = ("fact_key", "prompt_id", "prompt_variant", "lens")
+        return pl.DataFrame(
+            [{name: entry.get(name) for name in keys + names} for entry in self.summary["passes"]],
+            infer_schema_length=None,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is ready to start: everything checked, nothing computed."""
+
+    model: LanguageModel
+    prompts: PromptSet
+    config: LayersConfig
+    units: tuple[WorkUnit, ...]
+    identity: Mapping[str, Any]
+
+
+def analyze(
+    model: LanguageModel | str | Path,
+    prompts: PromptSet | str | Path | Sequence[Mapping[str, str]] | None = None,
+    config: LayersConfig | None = None,
+    *,
+    units: UnitStore | None = None,
+    progress: Progress | None = None,
+) -> LayersResult:
+    """Read every layer of a model on a set of prompts.
+
+    Args:
+        model: a loaded model, a Hugging Face id or a local folder.
+        prompts: a PromptSet, a CSV or YAML file, or mappings with key, prompt, answer and optional
+            foil, control, ablated; the built-in suite by default.
+        config: lenses, norm choice, thresholds.
+        units: where finished work is kept; nowhere by default.
+        progress: called with (passes done, passes in all).
+
+    Raises:
+        PromptError: a prompt is empty or too long. AlignmentError: an answer does not follow its
+            prompt in whole tokens. Both before anything is computed.
+    """
+    loaded = model if isinstance(model, LanguageModel) else load(str(model))
+    return execute(plan(loaded, _prompt_set(prompts), config), units=units, progress=progress)
+
+
+def plan(
+    model: LanguageModel, prompts: PromptSet | None = None, config: LayersConfig | None = None
+) -> Plan:
+    """Align, tokenise and cut into work units; raises what `analyze` raises."""
+    prompts = prompts or PromptSet.builtin()
+    config = config or LayersConfig()
+    prepared = prepare(model, prompts.passes())
+    identity = {"model": model.provenance(), "versions": provenance.versions()}
+    units = work_units(
+        prepared, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
+    )
+    return Plan(model, prompts, config, tuple(units), identity)
+
+
+def execute(
+    planned: Plan, *, units: UnitStore | None = None, progress: Progress | None = None
+) -> LayersResult:
+    """Carry out a plan unit by unit and measure the whole table."""
+    watch = provenance.Stopwatch()
+    lenses = [
+        get_lens(name, planned.model, norm=planned.config.norm_choice)
+        for name in planned.config.lenses
+    ]
+    decoder = BatchDecoder(planned.model, lenses, planned.config)
+    frames: list[pl.DataFrame] = []
+    infos: list[PromptInfo] = []
+    total, done = sum(len(unit.passes) for unit in planned.units), 0
+    for unit in planned.units:
+        frame, found = _unit(decoder, unit, units)
+        frames.append(frame)
+        infos += found
+        done += len(unit.passes)
+        if progress is not None:
+            progress(done, total)
+    watch.lap("decode")
+    table = with_copy_flags(
+        LayersTable(rows=conform(pl.concat(frames)), meta=_meta(planned, infos)),
+        planned.config.measures,
+    )
+    summary = summarise(table, planned.config.measures).to_dict()
+    watch.lap("measure")
+    return LayersResult(table, summary, _provenance(planned, watch))
+
+
+def _unit(
+    decoder: BatchDecoder, unit: WorkUnit, units: UnitStore | None
+) -> tuple[pl.DataFrame, list[PromptInfo]]:
+    kept = units.get_unit(unit.key) if units is not None else None
+    if kept is not None:
+        frame, payload = kept
+        return frame, [prompt_from_dict(entry) for entry in payload["prompts"]]
+    frame, infos = decoder.decode(unit.passes)
+    if units is not None:
+        units.put_unit(unit.key, frame, {"prompts": [asdict(info) for info in infos]})
+    return frame, infos
+
+
+def _prompt_set(
+    prompts: PromptSet | str | Path | Sequence[Mapping[str, str]] | None,
+) -> PromptSet | None:
+    if prompts is None or isinstance(prompts, PromptSet):
+        return prompts
+    if isinstance(prompts, str | Path):
+        return PromptSet.from_file(prompts)
+    return PromptSet("given", tuple(Fact(**entry) for entry in prompts))
+
+
+def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
+    model = planned.model
+    strings = model.token_strings()
+    ignored = ignore_mask(model.tokenizer, model.d_vocab).nonzero()[0]
+    bias = model.unembedding.bias
+    return TableMeta(
+        model=model.name,
+        n_layers=model.n_layers,
+        d_vocab=model.d_vocab,
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        n_ctx=model.n_ctx,
+        architecture=model.architecture,
+        norm_choice=planned.config.norm_choice,
+        softcap=model.unembedding.softcap,
+        logit_scale=None if model.unembedding.scale == 1.0 else model.unembedding.scale,
+        unembed_bias={
+            "present": bias is not None and bool(bias.any()),
+            "l2_norm": 0.0 if bias is None else float(bias.float().norm()),
+            "max_abs": 0.0 if bias is None else float(bias.float().abs().max()),
+        },
+        ignored_token_count=len(ignored),
+        ignored_token_sample=tuple(strings[token] for token in ignored[:IGNORED_SAMPLE]),
+        prompts=tuple(infos),
+        provenance={"prompts_sha256": planned.prompts.digest()},
+    )
+
+
+def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
+    model = planned.model
+    return {
+        "experiment": "layers",
+        "config": planned.config.to_dict(),
+        "prompts": {
+            "name": planned.prompts.name,
+            "facts": len(planned.prompts.facts),
+            "passes": sum(len(unit.passes) for unit in planned.units),
+            "sha256": planned.prompts.digest(),
+        },
+        "model": model.provenance(),
+        "readout_products": choose(planned.config.products, device=model.device).to_dict(),
+        "run_products": choose(planned.config.run_products, device=model.device).to_dict(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "git_commit": provenance.git_commit(),
+        "timing": watch.to_dict(),
+        "peak_memory_bytes": provenance.peak_memory_bytes(),
+    }
