@@ -27,6 +27,17 @@ from __future__ import annotations
 from layerscope.readout.request import Reference, Request, TokenSets
 from layerscope.readout.result import Divergences, Readout
 from layerscope.readout.stream import readout
+from layerscope.readout.temperature import TemperatureFit, fit_temperature
 from layerscope.readout.unembedding import Unembedding
 
-__all__ = ["Divergences", "Readout", "Reference", "Request", "TokenSets", "Unembedding", "readout"]
+__all__ = [
+    "Divergences",
+    "Readout",
+    "Reference",
+    "Request",
+    "TemperatureFit",
+    "TokenSets",
+    "Unembedding",
+    "fit_temperature",
+    "readout",
+]
