@@ -1,26 +1,31 @@
-"""Prompts and batches of token ids: padding, masks, character offsets, and exactly one BOS."""
+"""Prompts, and how they become a batch of token ids with exactly one BOS."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from layerscope.errors import ConfigError, PromptError
-from layerscope.models.vocabulary import decode_tokens
+from layerscope.errors import PromptError
+from layerscope.models.batches import PaddingSide, RowOffsets, Span, TokenBatch, check_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PaddingSide = Literal["left", "right"]
-Span: TypeAlias = tuple[int, int]
-RowOffsets: TypeAlias = tuple[Span | None, ...]
+__all__ = [
+    "Prompt",
+    "PromptLike",
+    "PromptsLike",
+    "TokenBatch",
+    "encode_plain",
+    "leading_specials",
+    "tokenize",
+]
 
 
 @dataclass(frozen=True)
@@ -39,124 +44,6 @@ class Prompt:
             raise PromptError("a Prompt takes either a text or ids: give exactly one of the two")
         if self.ids is not None:
             object.__setattr__(self, "ids", tuple(operator.index(id_) for id_ in self.ids))
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Token ids of several prompts, padded to one width.
-
-    `offsets` holds, per row, the ``(start, end)`` characters of every real token in the prompt's
-    text: None for a token that is not in the text (an added BOS), and None for a whole row whose
-    text is unknown.
-    """
-
-    ids: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"]
-    lengths: tuple[int, ...]
-    padding_side: PaddingSide = "right"
-    offsets: tuple[RowOffsets | None, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_side(self.padding_side)
-        shape = tuple(self.ids.shape)
-        if len(shape) != 2 or 0 in shape or self.attention_mask.shape != self.ids.shape:
-            raise PromptError(
-                f"a batch needs ids and attention_mask of one shape [batch, pos], got {list(shape)}"
-                f" and {list(self.attention_mask.shape)}"
-            )
-        if self.ids.dtype != torch.long or self.attention_mask.dtype != torch.bool:
-            raise PromptError(
-                f"a batch needs int64 ids and a bool attention_mask, got {self.ids.dtype} and "
-                f"{self.attention_mask.dtype}; TokenBatch.from_tensors converts them"
-            )
-        expected = _mask(self.lengths, shape[1], self.padding_side)
-        if expected.shape != self.ids.shape or not torch.equal(expected, self.attention_mask.cpu()):
-            raise PromptError(
-                "attention_mask, lengths and padding_side disagree: each row must hold its real "
-                f"tokens in one piece, padded on the {self.padding_side}"
-            )
-        if self.offsets and len(self.offsets) != len(self.lengths):
-            raise PromptError("offsets need one entry per row (None where the text is unknown)")
-
-    @classmethod
-    def from_ids(
-        cls,
-        sequences: Sequence[Sequence[int]],
-        pad_id: int = 0,
-        padding_side: PaddingSide = "right",
-        *,
-        offsets: Sequence[RowOffsets | None] = (),
-    ) -> TokenBatch:
-        """Pad sequences of ids to the longest; `pad_id` may be any id, the mask hides it."""
-        _check_side(padding_side)
-        if not sequences:
-            raise PromptError("there is no prompt: give at least one")
-        lengths = tuple(len(sequence) for sequence in sequences)
-        if 0 in lengths:
-            raise PromptError(f"prompt {lengths.index(0)} is empty: give it at least one token")
-        width = max(lengths)
-        ids = torch.full((len(lengths), width), pad_id, dtype=torch.long)
-        mask = _mask(lengths, width, padding_side)
-        ids[mask] = torch.tensor([int(id_) for sequence in sequences for id_ in sequence])
-        return cls(ids, mask, lengths, padding_side, tuple(offsets))
-
-    @classmethod
-    def from_tensors(
-        cls, ids: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"]
-    ) -> TokenBatch:
-        """Wrap ids and their attention mask (1 or True = real token); finds the padding side."""
-        mask = attention_mask.bool()
-        if mask.ndim != 2 or mask.numel() == 0:
-            raise PromptError(f"attention_mask must be [batch, pos], got {list(mask.shape)}")
-        lengths = tuple(int(length) for length in mask.sum(dim=1))
-        if 0 in lengths:
-            raise PromptError(f"prompt {lengths.index(0)} is empty: its attention mask is all zero")
-        side: PaddingSide = "right" if bool(mask[:, 0].all()) else "left"
-        return cls(ids.long(), mask, lengths, side)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def width(self) -> int:
-        """Number of columns, padding included."""
-        return self.ids.shape[1]
-
-    def position_ids(self) -> Int[Tensor, "batch pos"]:
-        """Return 0-based positions over the real tokens; padded columns get 0."""
-        return (self.attention_mask.long().cumsum(dim=1) - 1) * self.attention_mask
-
-    def column(self, row: int, position: int) -> int:
-        """Return the padded column of a position of the unpadded row (negative: from its end)."""
-        length = self.lengths[self._row(row)]
-        if not -length <= position < length:
-            raise PromptError(
-                f"position {position} is outside prompt {row}, which has {length} tokens: use "
-                f"{-length} to {length - 1}"
-            )
-        return self._start(row) + position % length
-
-    def row_ids(self, row: int) -> tuple[int, ...]:
-        """Return the ids of one row without padding."""
-        length = self.lengths[self._row(row)]
-        start = self._start(row)
-        return tuple(int(id_) for id_ in self.ids[row, start : start + length].tolist())
-
-    def tokens(self, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Return the text of each token of one row without padding, leading spaces kept."""
-        return decode_tokens(tokenizer, self.row_ids(row))
-
-    def to(self, device: str | torch.device) -> TokenBatch:
-        """Return the batch with its tensors on `device`."""
-        return replace(self, ids=self.ids.to(device), attention_mask=self.attention_mask.to(device))
-
-    def _row(self, row: int) -> int:
-        if not -len(self) <= row < len(self):
-            raise PromptError(f"there is no prompt {row}: the batch has {len(self)}")
-        return row
-
-    def _start(self, row: int) -> int:
-        return self.width - self.lengths[row] if self.padding_side == "left" else 0
 
 
 PromptLike: TypeAlias = str | Prompt | Sequence[int]
@@ -198,7 +85,7 @@ def tokenize(
         PromptError: a prompt is empty, too long, starts with two BOS, has an id outside the
             vocabulary, or is an unmasked padded tensor; or a BOS is asked of a tokenizer without.
     """
-    _check_side(padding_side)
+    check_side(padding_side)
     size = len(tokenizer) if vocab_size is None else vocab_size
     batch = _ready_batch(prompts)
     if batch is not None:
@@ -272,17 +159,6 @@ def leading_specials(
             if full[start : start + len(plain)] == plain:
                 return full[:start]
     return ()
-
-
-def _check_side(padding_side: str) -> None:
-    if padding_side not in ("left", "right"):
-        raise ConfigError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
-
-
-def _mask(lengths: Sequence[int], width: int, padding_side: PaddingSide) -> Tensor:
-    columns = torch.arange(width)[None, :]
-    real = torch.tensor(lengths)[:, None]
-    return columns >= width - real if padding_side == "left" else columns < real
 
 
 def _short(text: str) -> str:
