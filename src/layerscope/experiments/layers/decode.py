@@ -85,6 +85,7 @@ class BatchDecoder:
             )
             columns |= rows.last_position(result, passes, self.n_rows)
             columns |= rows.norm_effect(last.states, hidden[name])
+            columns["cos_to_final"] = self._cosine(hidden[name], last)
             columns["answer_full_log2p"] = self._full_answer(lens, tail, result, passes)
             columns["top1_ignorable"] = self._ignorable(result)
             frames.append(rows.frame(columns))
@@ -163,19 +164,40 @@ class BatchDecoder:
         ]
         return self._readout(
             hidden,
-            Request(top_k=self.config.top_k, overlap_k=JACCARD_K),
+            Request(top_k=self.config.top_k, overlap_k=JACCARD_K, cosine=False),
             reference=Reference(index=index, logits=head_logits),
             against=against,
             tokens=torch.tensor(wanted),
             sets=TokenSets.of([item.echo_ids for item in passes], index[:, None]),
         )
 
+    def _cosine(
+        self, hidden: Float[Tensor, "pass row d_model"], last: Residuals
+    ) -> Float[Tensor, " pass_row"]:
+        """Return cosines of bias-free logits with the model's, before scale and softcap.
+
+        A head's scale and softcap cannot be undone on its logits, so the reference is the hidden
+        vector that the head unembeds.
+        """
+        index = torch.arange(hidden.shape[0]).repeat_interleave(self.n_rows)
+        result = self._readout(
+            hidden,
+            replace(LEAN, cosine=True),
+            reference=Reference(index=index, hidden=self._final(last)),
+        )
+        assert result.reference is not None and result.reference.cosine is not None
+        return result.reference.cosine
+
+    def _final(self, places: Residuals) -> Float[Tensor, "place d_model"]:
+        """Return what the head unembeds: the last row under the final norm."""
+        _, final_norm = self.model.norm_at(self.n_rows - 1, "final")
+        return final_norm(places.states[:, -1])
+
     def _read_before(
         self, lens: Lens, places: Residuals, passes: Sequence[PreparedPass]
     ) -> pl.DataFrame:
         """Read the positions before the last, against the last row under the final norm."""
-        _, final_norm = self.model.norm_at(self.n_rows - 1, "final")
-        final = final_norm(places.states[:, -1])
+        final = self._final(places)
         top1 = self._readout(final[:, None], replace(LEAN, top_k=1)).top_ids
         assert top1 is not None
         index = torch.arange(final.shape[0]).repeat_interleave(self.n_rows)
@@ -283,8 +305,8 @@ class BatchDecoder:
                 p_top1_model=float(head_top.values[number]),
                 p_answer_lens=float(result.token_log2p[at][number, rows.ANSWER].exp2()),
                 answer_rank_lens=int(result.token_rank[at][number, rows.ANSWER]),
-                temp_est=float(fits.temperature[number]),
-                kl_after_temp_bits=float(fits.kl_bits[number]),
+                temp_est=float(fits.temp_est[number]),
+                kl_after_temp_bits=float(fits.kl_after_temp_bits[number]),
             )
             for number in range(hidden.shape[0])
         ]

@@ -92,7 +92,6 @@ def last_position(result: Readout, passes: Sequence[PreparedPass], n_rows: int) 
         "kl_from_final_bits": reference.kl_from_bits,
         "js_to_final_bits": reference.js_bits,
         "l1_to_final": reference.l1,
-        "cos_to_final": reference.cosine,
         "cos_to_answer": _need(result.cos_to_token)[:, ANSWER],
         "cos_to_prompt_max": _need(result.cos_to_set_max)[:, 0],
         "echo_mass_prompt": _need(result.set_mass)[:, 0],

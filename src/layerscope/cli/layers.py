@@ -1,0 +1,132 @@
+"""``layerscope layers``: the layers experiment on one or several models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from layerscope.cli.common import (
+    DEFAULT_FOLDER,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    StoreOption,
+    console,
+    emit_json,
+)
+
+if TYPE_CHECKING:
+    from layerscope.cli.sweep import Sweep
+
+HELP = """Read every layer of a causal language model: where the answer appears, and how surely.
+
+Every prompt goes through the model once; each layer is decoded through the lenses at every
+position. Without --prompts the built-in suite runs: five capitals, each with and without a filler
+word, and a control prompt.
+
+\b
+A prompt file is CSV (or YAML, a list of mappings) with the columns
+  key      a unique name                    prompt   the text before the answer
+  answer   what should follow               foil     a wrong answer of the same kind (optional)
+  control  the same question about something else, whose right answer is the foil (optional)
+  ablated  the prompt without a word that should not matter (optional)
+
+\b
+Results land in OUT/run-latest (an earlier one is renamed, never overwritten):
+  report.html                  open it in a browser; it needs no network
+  output-MODEL-layers.parquet  the typed table; `layerscope measures` recomputes everything from it
+  output-MODEL.json, *.csv     summary and tables
+
+A run that was interrupted or killed goes on when the same command is given again.
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("layers", help=HELP)(layers)
+
+
+def layers(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Hugging Face ids or local folders.")
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="CSV or YAML file. Default: built-in suite.")
+    ] = None,
+    lens: Annotated[str, typer.Option("--lens", help="Lenses, separated by commas.")] = "raw,norm",
+    norm: Annotated[
+        str,
+        typer.Option(
+            "--norm",
+            help="final: the final norm at every layer, as in the literature. next_norm: the "
+            "input norm of the next block, to compare with earlier published tables.",
+        ),
+    ] = "final",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    products: Annotated[
+        str,
+        typer.Option(
+            "--products",
+            help="Matrix products of the forward passes. default: torch as found, bit-equal to "
+            "Hugging Face. checked: the fastest that is float32-accurate on this machine.",
+        ),
+    ] = "default",
+    out: Annotated[Path, typer.Option("--out", help="Folder that holds run-latest.")] = (
+        DEFAULT_FOLDER
+    ),
+    store: StoreOption = None,
+    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Run the experiment, print the summary, return the exit code."""
+    from layerscope.cli.sweep import SweepOptions, run_sweep
+    from layerscope.errors import ConfigError
+    from layerscope.experiments.layers import LayersConfig, PromptSet
+
+    if products not in ("default", "checked"):
+        raise ConfigError(f"unknown --products {products!r}; use default or checked")
+    if len(set(models)) < len(models):
+        raise ConfigError("a model is named twice; name each once")
+    config = LayersConfig(
+        lenses=tuple(name.strip() for name in lens.split(",") if name.strip()),
+        norm_choice=norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
+        run_products=products,
+    )
+    chosen = PromptSet.builtin() if prompts is None else PromptSet.from_file(prompts)
+    options = SweepOptions(
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        out=out,
+        store=store,
+        html=html,
+    )
+    sweep = run_sweep(models, chosen, config, options)
+    show(sweep, as_json=as_json)
+    return 2 if any(outcome.status == "failed" for outcome in sweep.outcomes) else 0
+
+
+def show(sweep: Sweep, *, as_json: bool) -> None:
+    """Print what came out: JSON, or a summary per model and where the files are."""
+    if as_json:
+        emit_json(sweep.to_dict())
+        return
+    from layerscope.reports.terminal import print_summary
+
+    screen = console()
+    for outcome in sweep.outcomes:
+        if outcome.result is not None:
+            print_summary(outcome.result.summary, outcome.result.table, screen)
+        else:
+            screen.print(f"{outcome.model}: failed: {outcome.error}", markup=False)
+    screen.print(f"\nfiles: {sweep.run_dir}", markup=False, highlight=False, soft_wrap=True)
+    if sweep.report is not None:
+        screen.print(f"page:  {sweep.report}", markup=False, highlight=False, soft_wrap=True)

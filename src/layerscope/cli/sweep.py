@@ -1,0 +1,199 @@
+"""One command over one or several models: run, keep, report; a failure stays with its model."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerscope.cli.common import DEFAULT_FOLDER, console
+from layerscope.errors import LayerscopeError
+from layerscope.experiments.layers import LayersConfig, LayersResult, Plan, PromptSet, execute, plan
+from layerscope.files import canonical_json, sha256_text
+from layerscope.measures.table import LayersTable
+from layerscope.models import load
+from layerscope.reports.files import write_failure, write_run_files
+from layerscope.reports.html import write_html
+from layerscope.store import RunDir, Store, close_run_dir, open_run_dir
+
+REPORT = "report.html"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Where a sweep reads its models and writes its results."""
+
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    out: Path = DEFAULT_FOLDER
+    store: str | None = None
+    html: bool = True
+
+
+@dataclass
+class ModelOutcome:
+    """What became of one model: a result with its files, or the line that says why not."""
+
+    model: str
+    status: str
+    run_id: str | None = None
+    error: str | None = None
+    result: LayersResult | None = None
+    files: list[Path] = field(default_factory=lambda: [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the outcome as JSON values; published field names stand at its top level."""
+        summary = self.result.summary if self.result else {}
+        baseline: Mapping[str, Any] = {}
+        if summary and summary.get("baseline") is not None:
+            baseline = summary["passes"][summary["baseline"]]
+        return {
+            **baseline,
+            "model": self.model,
+            "status": self.status,
+            "error": self.error,
+            "run_id": self.run_id,
+            "files": [str(path) for path in self.files],
+            "summary": summary,
+            "provenance": self.result.provenance if self.result else {},
+        }
+
+
+@dataclass
+class Sweep:
+    """All outcomes of one command and the folder that holds their files."""
+
+    run_dir: Path
+    outcomes: list[ModelOutcome]
+    report: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sweep as JSON values; with one model its fields stand at the top level too."""
+        entries = [outcome.to_dict() for outcome in self.outcomes]
+        return {
+            **(entries[0] if len(entries) == 1 else {}),
+            "run_dir": str(self.run_dir),
+            "report": str(self.report) if self.report else None,
+            "models": entries,
+        }
+
+
+def run_sweep(
+    models: Sequence[str], prompts: PromptSet, config: LayersConfig, options: SweepOptions
+) -> Sweep:
+    """Run the layers experiment on every model, keep results, write files and the HTML page.
+
+    With one model, whatever is wrong with it or with the prompts is raised before anything is
+    written. With several, a model's failure becomes its recorded status and the others go on.
+    """
+    first = _prepare(models[0], prompts, config, options) if len(models) == 1 else None
+    key = sha256_text(
+        canonical_json([list(models), config.to_dict(), prompts.digest(), _how(options)])
+    )
+    url = options.store or str(options.out / "layerscope.db")
+    with Store.open(url) as store:
+        folder = open_run_dir(options.out, key=key)
+        outcomes: list[ModelOutcome] = []
+        for model in models:
+            try:
+                planned = first or _prepare(model, prompts, config, options)
+                outcomes.append(_run_one(store, folder, model, planned))
+            except LayerscopeError as error:
+                if len(models) == 1:
+                    raise
+                console(stderr=True).print(f"{model} failed: {error}", markup=False)
+                path = write_failure(model, str(error), folder.path)
+                outcomes.append(ModelOutcome(model, "failed", error=str(error), files=[path]))
+            first = None
+            gc.collect()
+        sweep = Sweep(folder.path, outcomes)
+        finished = [outcome.result for outcome in outcomes if outcome.result is not None]
+        if options.html and finished:
+            pages = [(result.table, result.summary, result.provenance) for result in finished]
+            sweep.report = write_html(folder.path / REPORT, pages)
+        close_run_dir(folder.path)
+    return sweep
+
+
+def _how(options: SweepOptions) -> list[Any]:
+    return [options.device, options.dtype, options.revision]
+
+
+def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: SweepOptions) -> Plan:
+    """Load one model and check every prompt against it; nothing is written."""
+    with console(stderr=True).status(f"loading {model}"):
+        loaded = load(
+            model,
+            device=options.device,
+            dtype=options.dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+        return plan(loaded, prompts, config)
+
+
+def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOutcome:
+    """Execute one plan inside the store, and write its files."""
+    with store.start(
+        experiment="layers",
+        config=planned.config.to_dict(),
+        model={"name": planned.model.name, **planned.model.provenance()},
+        prompts=[asdict(entry) for entry in planned.prompts.passes()],
+        out_dir=folder.path,
+        reuse_finished=folder.resumed,
+    ) as run:
+        table = run.artifact("table") if run.finished else None
+        if table is not None:
+            info = store.run(run.id)
+            result = LayersResult(
+                LayersTable.read_parquet(table),
+                store.result(run.id, "summary"),
+                info.provenance or {},
+            )
+            return ModelOutcome(model, "finished", run_id=run.id, result=result)
+        with _progress(planned.model.name) as progress:
+            result = execute(planned, units=run, progress=progress)
+        files = write_run_files(result.table, result.summary, result.provenance, folder.path)
+        for path in files:
+            run.add_artifact("table" if path.suffix == ".parquet" else path.name, path)
+        run.save_result("summary", result.summary)
+        run.finish(result.provenance)
+        run.cleanup_units()
+        return ModelOutcome(model, "finished", run_id=run.id, result=result, files=files)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Progress | None]:
+    """Show a bar with the time left on a terminal; stay quiet in a pipe."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
