@@ -51,7 +51,8 @@ def atomic_path(path: Path) -> Generator[Path]:
     Raises:
         OutputError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:12]}{_TEMPORARY_SUFFIX}")
+    unique = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    temporary = path.with_name(f".{path.name[:100]}.{unique}{_TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -137,12 +138,14 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_temporaries(folder: Path) -> int:
-    """Remove what killed writers left under `folder`; return how many files.
+    """Remove what processes of this host that were killed left under `folder`; return how many."""
+    import psutil  # here, because reading this module must stay cheap
 
-    Call it only while no other process writes there.
-    """
     removed = 0
     for path in folder.rglob(f".*{_TEMPORARY_SUFFIX}"):
+        pid = path.name.removesuffix(_TEMPORARY_SUFFIX).rsplit(".", 1)[-1].split("-")[0]
+        if pid.isdigit() and psutil.pid_exists(int(pid)):
+            continue
         with suppress(OSError):
             path.unlink()
             removed += 1

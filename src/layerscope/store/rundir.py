@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from layerscope.errors import OutputError
-from layerscope.files import output_error, write_json, write_text
+from layerscope.files import output_error, remove_temporaries, write_json, write_text
 from layerscope.store.owner import Owner
 
 try:
@@ -77,6 +77,7 @@ def open_run_dir(out: Path, *, key: str, clock: Clock = datetime.now) -> RunDir:
             marker = read_marker(target)
             _refuse_live(target, marker)
             if marker is not None and marker.open and marker.key == key:
+                remove_temporaries(target)
                 _write_marker(target, replace(marker, owner=Owner.current()))
                 return RunDir(path=target, id=marker.id, resumed=True)
             rotated = _rotate(target, marker, clock()) if os.path.lexists(target) else None
@@ -124,7 +125,7 @@ def read_marker(path: Path) -> Marker | None:
             stamp=str(data["stamp"]),
             owner=owner,
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -134,8 +134,9 @@ class Store:
             if not finished:
                 _claim(run, self._now(), resumed=resumed)
                 _bring_units(run, folder, dir_id)
-                remove_temporaries(folder / UNITS / run.id)
             run_id = run.id
+        if resumed:
+            remove_temporaries(folder)
         return RunHandle(
             self._database,
             run_id=run_id,
