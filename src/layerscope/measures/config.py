@@ -1,0 +1,105 @@
+"""Every threshold of the measures, in one frozen object that travels with each summary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from layerscope.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Thresholds of all detectors; defaults are those of the layer-lens reference definitions.
+
+    Probabilities lie in [0, 1], divergences and entropies are bits, gaps are logits, radii and
+    windows count rows. Raises ConfigError for values outside their range.
+    """
+
+    # echo of the prompt
+    copy_threshold: float = 0.95
+    copy_margin: float = 0.10
+    copy_window_k: int = 1
+    copy_thresholds: tuple[float, ...] = (0.70, 0.80, 0.90, 0.95)
+    copy_soft_threshold: float = 0.50
+    copy_soft_window_ks: tuple[int, ...] = (1, 2, 3)
+    copy_soft_extra_thresholds: tuple[float, ...] = ()
+    entropy_collapse_bits: float = 1.0
+    # onset of the answer
+    rank_thresholds: tuple[int, ...] = (1, 5, 10)
+    kl_thresholds_bits: tuple[float, ...] = (0.5, 1.0)
+    cos_thresholds: tuple[float, ...] = (0.2, 0.4, 0.6)
+    semantic_margin: float = 0.002  # probability above uniform
+    semantic_gap: float = 0.5  # logits between the answer and the runner-up
+    gap_thresholds: tuple[float, ...] = (0.5, 1.0)
+    confirm_window: int = 2
+    # surface and geometry
+    surface_delta: float = 0.05
+    geom_gamma: float = 0.02
+    topk_decay_k: int = 50
+    topk_decay_tau: float = 0.33
+    # control
+    control_gap: float = 0.5
+    control_margin: float = 0.05  # of the robust version that must stay true
+    # raw against norm
+    raw_kl_high_bits: float = 1.0
+    raw_kl_medium_bits: float = 0.5
+    window_radius: int = 4
+    window_radius_high: int = 8
+    js_threshold_bits: float = 0.1
+    l1_threshold: float = 0.5
+    jaccard_threshold: float = 0.5
+    score_weights: tuple[float, float, float] = (0.6, 0.3, 0.1)
+    score_tiers: tuple[float, float] = (0.2, 0.5)
+    score_v2_addends: tuple[float, float] = (0.1, 0.05)
+    # last row against the model's head
+    last_row_kl_bits: float = 0.25
+    last_row_exact_bits: float = 0.01
+    # norm trajectory
+    spike_ratio: float = 3.0
+    spike_cos: float = 0.8
+    plateau_slope: float = 0.01
+    monotonic_r2: float = 0.70
+    growth_z: float = 8.0
+    growth_factor: float = 3.0
+
+    def __post_init__(self) -> None:
+        unit = {
+            "copy_threshold": self.copy_threshold,
+            "copy_margin": self.copy_margin,
+            "copy_soft_threshold": self.copy_soft_threshold,
+            **{f"copy_thresholds[{i}]": value for i, value in enumerate(self.copy_thresholds)},
+            **{
+                f"copy_soft_extra_thresholds[{i}]": value
+                for i, value in enumerate(self.copy_soft_extra_thresholds)
+            },
+            "semantic_margin": self.semantic_margin,
+            "surface_delta": self.surface_delta,
+            "topk_decay_tau": self.topk_decay_tau,
+            "control_margin": self.control_margin,
+        }
+        for name, value in unit.items():
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}; it is a probability and must be in [0, 1]")
+        if self.copy_window_k < 1 or not self.copy_soft_window_ks:
+            raise ConfigError("copy windows must have a length of at least 1; give e.g. 1,2,3")
+        if min(self.copy_soft_window_ks) < 1:
+            raise ConfigError("copy windows must have a length of at least 1; give e.g. 1,2,3")
+        for name in ("confirm_window", "window_radius", "window_radius_high"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it counts rows, give 0 or more"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every threshold under its name, tuples as lists."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def trimmed(value: float, *, decimals: int = 6) -> str:
+    """Format a threshold as in column labels: trailing zeros are dropped (0.70 -> 0.7)."""
+    text = f"{value:.{decimals}f}".rstrip("0").rstrip(".")
+    return text or "0"
