@@ -149,8 +149,8 @@ def nnterp_lens(folder: str, tokens: int) -> Callable[[], Any]:
         with model.trace(ids):
             kept = list().save()  # noqa: C408
             states = []
-            for layer in range(model.num_layers):
-                states.append(model.layers_output[layer])
+            for layer in range(model.num_layers):  # a comprehension would leave the trace's scope
+                states.append(model.layers_output[layer])  # noqa: PERF401
             final = model.logits.float().log_softmax(-1)
             for hidden in states:
                 log_probs = model.project_on_vocab(hidden).float().log_softmax(-1)
