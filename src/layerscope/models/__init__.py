@@ -1,0 +1,53 @@
+"""Language models one can look into: load one, name sites, run, capture, edit.
+
+model = layerscope.load("some/model")
+result = model.run("The capital of France is", capture="resid_post.*", logits="last")
+result["resid_post.3"]          # [batch, pos, d_model]
+"""
+
+from __future__ import annotations
+
+from layerscope.models.answers import AnswerAlignment, align_answer
+from layerscope.models.edits import (
+    Add,
+    Apply,
+    Clamp,
+    Edit,
+    EditContext,
+    MeanAblate,
+    ProjectOut,
+    Replace,
+    ResampleAblate,
+    Scale,
+    ZeroAblate,
+)
+from layerscope.models.identities import IdentityReport
+from layerscope.models.language_model import LanguageModel, load
+from layerscope.models.prompts import Prompt, TokenBatch
+from layerscope.models.run import Capture, RunResult, Start
+from layerscope.models.sites import Site
+
+__all__ = [
+    "Add",
+    "AnswerAlignment",
+    "Apply",
+    "Capture",
+    "Clamp",
+    "Edit",
+    "EditContext",
+    "IdentityReport",
+    "LanguageModel",
+    "MeanAblate",
+    "ProjectOut",
+    "Prompt",
+    "Replace",
+    "ResampleAblate",
+    "RunResult",
+    "Scale",
+    "Site",
+    "Start",
+    "TokenBatch",
+    "ZeroAblate",
+    "align_answer",
+    "load",
+]

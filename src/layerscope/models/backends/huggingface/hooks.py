@@ -1,0 +1,325 @@
+"""Hooks on the real modules for one run: read, edit, resume, stop, and leave nothing behind.
+
+Hooks act only in the run that installed them: a run nested in an edit's function, a run in another
+thread, or a call of the model by its owner passes through them untouched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from layerscope.errors import EditError, ModelError
+from layerscope.models.edits import Apply, EditContext
+from layerscope.models.run import PlannedCapture, PlannedEdit, RunPlan
+from layerscope.models.sites import Site
+
+_running: ContextVar[object | None] = ContextVar("layerscope_run", default=None)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a site lives on a module.
+
+    Attributes:
+        module: the module to hook.
+        side: "input" or "output".
+        scale: the site's value is this times what the module shows.
+        shared: an edit must also reach others who hold the same tensor (the skip connection), so it
+            is written in place.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    scale: float = 1.0
+    shared: bool = False
+
+
+class Stop(BaseException):
+    """Ends a forward pass early; not an Exception, so that no handler in between swallows it."""
+
+
+class Recorder:
+    """The state of one run: what has fired, and what was kept."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        self.activations: dict[Site, Tensor] = {}
+        self._fired: set[Site] = set()
+        self._captures: dict[Site, list[PlannedCapture]] = {}
+        self._edits: dict[Site, list[PlannedEdit]] = {}
+        self._kept: list[tuple[Site, Tensor, int]] = []
+        for capture in plan.captures:
+            self._captures.setdefault(capture.site, []).append(capture)
+        for edit in plan.edits:
+            self._edits.setdefault(edit.site, []).append(edit)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that this run reads or edits."""
+        return list(dict.fromkeys([*self._edits, *self._captures]))
+
+    def visit(self, site: Site, value: Tensor) -> Tensor:
+        """Edit and keep the value of a site; return what the model goes on with."""
+        self._fired.add(site)
+        for planned in self._edits.get(site, ()):
+            value = _edited(value, planned, self.plan)
+        for capture in self._captures.get(site, ()):
+            self._keep(capture, value)
+        return value
+
+    def edits(self, site: Site) -> bool:
+        """Return True when the run edits this site."""
+        return site in self._edits
+
+    def finish(self) -> dict[Site, Tensor]:
+        """Return the activations.
+
+        Raises:
+            ModelError: a site never fired, or the model overwrote a tensor that was kept.
+        """
+        silent = [str(site) for site in self.sites if site not in self._fired]
+        if silent:
+            raise ModelError(
+                f"the forward pass never reached {', '.join(silent)}; this model does not call "
+                "those modules, so run `layerscope check` on it"
+            )
+        for site, value, version in self._kept:
+            if value._version != version:  # pyright: ignore[reportPrivateUsage]
+                raise ModelError(
+                    f"the model overwrote its activation at {site} after it was captured; capture "
+                    "it with positions, a device or a dtype, which copies it"
+                )
+        return self.activations
+
+    def _keep(self, capture: PlannedCapture, value: Tensor) -> None:
+        if not self.plan.gradients:
+            value = value.detach()
+        kept = value
+        if capture.columns is not None:
+            columns = capture.columns.to(value.device)
+            rows = torch.arange(value.shape[0], device=value.device)
+            kept = value[rows[:, None], columns]
+        kept = kept.to(
+            device=kept.device if capture.device is None else capture.device,
+            dtype=kept.dtype if capture.dtype is None else capture.dtype,
+        )
+        if kept is value and not value.is_inference():
+            self._kept.append((capture.site, value, value._version))  # pyright: ignore[reportPrivateUsage]
+        self.activations[capture.site] = kept
+
+
+def _edited(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
+    """Return `value` with one edit applied to its selected rows and columns."""
+    everything = planned.rows is None or planned.columns is None
+    if planned.rows is None or planned.columns is None:
+        rows = torch.arange(value.shape[0], device=value.device)
+        columns = torch.arange(value.shape[1], device=value.device).expand(value.shape[0], -1)
+        selected = value
+    else:
+        rows = planned.rows.to(value.device)
+        columns = planned.columns.to(value.device)
+        selected = value[rows[:, None], columns]
+    mask = plan.batch.attention_mask.to(value.device)[rows[:, None], columns]
+    context = EditContext(planned.site, plan.batch, rows, columns, mask, value)
+    if isinstance(planned.edit, Apply):
+        with outside():
+            edited = planned.edit.transform(selected, context)
+    else:
+        edited = planned.edit.transform(selected, context)
+    if edited.shape != selected.shape:
+        raise EditError(
+            f"{type(planned.edit).__name__} at '{planned.site}' gave shape {list(edited.shape)}; "
+            f"it must keep {list(selected.shape)}"
+        )
+    edited = edited.to(value.device, value.dtype)
+    if everything:
+        return edited
+    result = value.clone()
+    result[rows[:, None], columns] = edited
+    return result
+
+
+@contextmanager
+def running(run: object) -> Iterator[None]:
+    """Make the hooks of `run`, and of no other, act in this thread."""
+    token = _running.set(run)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Let nothing of the surrounding run act: for calls of a user's function."""
+    with running(None):
+        yield
+
+
+@contextmanager
+def installed(recorder: Recorder, points: dict[Site, Point]) -> Iterator[None]:
+    """Keep hooks for the given sites, in their order, on their modules."""
+    handles: list[RemovableHandle] = []
+    try:
+        for site, point in points.items():
+            if point.side == "input":
+                hook = _input_hook(recorder, site, point)
+                handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                handles.append(
+                    point.module.register_forward_hook(_output_hook(recorder, site, point))
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stopping_after(run: object, block: nn.Module | None) -> Iterator[None]:
+    """End the forward pass once `block` has run (and its other hooks have)."""
+    if block is None:
+        yield
+        return
+
+    def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
+        if _running.get() is run:
+            raise Stop
+
+    handle = block.register_forward_hook(stop)
+    try:
+        yield
+    except Stop:
+        pass
+    finally:
+        handle.remove()
+
+
+class Resume:
+    """Starts a model in the middle: earlier blocks pass their input on instead of computing.
+
+    A block's forward can only be skipped by standing in for it. The stand-in is there while some
+    run resumes, asks whose pass it is in, and calls the real forward in every other.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = list(blocks)
+        self._lock = threading.Lock()
+        self._first_block: dict[object, int] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    @contextmanager
+    def at(self, run: object, layer: int, residual: Tensor, *, tuple_size: int) -> Iterator[None]:
+        """Hand block `layer` the stored residual, in the pass of `run` alone.
+
+        Args:
+            run: the run.
+            layer: first block to compute.
+            residual: [batch, pos, d_model].
+            tuple_size: length of the tuple that blocks return; 0 when they return a tensor.
+        """
+
+        def replace_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _running.get() is not run:
+                return None
+            return _with_input(args, kwargs, residual.to(_first_tensor(args, kwargs)))
+
+        # Before every other hook of the block: those must see what the block will read.
+        handle = self._blocks[layer].register_forward_pre_hook(
+            replace_input, with_kwargs=True, prepend=True
+        )
+        try:
+            self._enter(run, layer, tuple_size)
+            yield
+        finally:
+            self._leave(run)
+            handle.remove()
+
+    def _enter(self, run: object, layer: int, tuple_size: int) -> None:
+        with self._lock:
+            first = not self._first_block
+            self._first_block[run] = layer
+            if first:
+                for index, block in enumerate(self._blocks):
+                    self._stand_in(index, block, tuple_size)
+
+    def _leave(self, run: object) -> None:
+        with self._lock:
+            self._first_block.pop(run, None)
+            if not self._first_block:
+                while self._undo:
+                    self._undo.pop()()
+
+    def _stand_in(self, index: int, block: nn.Module, tuple_size: int) -> None:
+        original = block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            run = _running.get()
+            if run is None or index >= self._first_block.get(run, 0):
+                return original(*args, **kwargs)
+            passed = _first_tensor(args, kwargs)
+            return (passed, *[None] * (tuple_size - 1)) if tuple_size else passed
+
+        if "forward" in block.__dict__:  # someone else's stand-in (accelerate's, say) comes back
+            self._undo.append(lambda: setattr(block, "forward", original))
+        else:
+            self._undo.append(lambda: delattr(block, "forward"))
+        block.forward = forward
+
+
+def _input_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _running.get() is not recorder:
+            return None
+        value = _first_tensor(args, kwargs)
+        if not recorder.edits(site):
+            recorder.visit(site, value)
+            return None
+        if point.shared:
+            # Edit a copy, then write it back: what an edit may save for gradients stays intact.
+            value.copy_(recorder.visit(site, value.clone()))
+            return None
+        return _with_input(args, kwargs, recorder.visit(site, value))
+
+    return hook
+
+
+def _output_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        if _running.get() is not recorder:
+            return None
+        value: Tensor = output[0] if isinstance(output, tuple) else output
+        scaled = value if point.scale == 1.0 else value * point.scale
+        edited = recorder.visit(site, scaled)
+        if not recorder.edits(site):
+            return None
+        if point.scale != 1.0:
+            edited = edited / point.scale
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a module reads: its first positional argument, or ``hidden_states``."""
+    value = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(value, Tensor):
+        raise ModelError("a block or sublayer of this model does not take hidden_states first")
+    return value
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": value}

@@ -1,0 +1,307 @@
+"""The one face of a model that everything above talks to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from layerscope.errors import CapabilityError, ConfigError, IdentityError, ModelError, nearest
+from layerscope.models import identities
+from layerscope.models.backends.base import Backend, Capability, NormChoice
+from layerscope.models.edits import Edit, Positions
+from layerscope.models.identities import IdentityReport
+from layerscope.models.prompts import PaddingSide, PromptsLike, TokenBatch, tokenize
+from layerscope.models.run import Capture, Logits, RunResult, Start, plan
+from layerscope.models.sites import Site
+from layerscope.models.vocabulary import decode_tokens, token_strings
+from layerscope.products import Products
+from layerscope.products import products as matrix_products
+from layerscope.readout.unembedding import Unembedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from layerscope.models.backends.huggingface.loading import LoadedModel
+
+    Source: TypeAlias = str | Path | PreTrainedModel
+
+_BACKENDS = ("huggingface",)
+
+
+def load(
+    source: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    backend: str = "huggingface",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+) -> LanguageModel:
+    """Load a causal language model one can look into.
+
+    Args:
+        source: Hugging Face id, local folder, or a `PreTrainedModel` that is already built (then
+            give its tokenizer; it is put in eval mode, and moved only where `device` says so).
+        tokenizer: replaces the one that comes with the model.
+        backend: "huggingface".
+        device: "cpu", "cuda", "cuda:1", "mps" or "auto".
+        dtype: "float32", "bfloat16", ...; by default float32 on a CPU, bfloat16 on CUDA.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+        verify: prove the model's identities (about one forward pass of 16 tokens). A model of a
+            family that is not in the table is always proved.
+
+    Raises:
+        ModelError: the model cannot be loaded, or is not a causal language model.
+        IdentityError: it fails an identity; says which, and by how much.
+    """
+    if backend not in _BACKENDS:
+        raise ConfigError(
+            f"unknown backend '{backend}'{nearest(backend, _BACKENDS)}; available: "
+            f"{', '.join(_BACKENDS)}"
+        )
+    from layerscope.models.backends.huggingface.loading import load_pretrained
+
+    loaded = load_pretrained(
+        source,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    opened, report = _open(loaded, verify=verify)
+    return LanguageModel(opened, loaded, report)
+
+
+def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport | None]:
+    """Return the backend whose structure passes the identities."""
+    from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
+    from layerscope.models.backends.huggingface.structure import is_listed, structures
+
+    listed = is_listed(loaded.model)
+    failures: list[ModelError] = []
+    for structure in structures(loaded.model):
+        backend = HuggingFaceBackend(loaded.model, structure)
+        if listed and not verify:
+            return backend, None
+        try:
+            report = identities.check(backend)
+            report.require(loaded.name)
+        except ModelError as error:
+            failures.append(error)
+        else:
+            return backend, report
+    if listed:
+        raise failures[0]
+    kind = loaded.model.config.model_type
+    raise IdentityError(
+        f"model type '{kind}' is not in the family table and no known layout fits it: "
+        f"{failures[0] if failures else 'its blocks are unlike any'}"
+    )
+
+
+class LanguageModel:
+    """A language model: its sites, its tokenizer, and the one way to run it.
+
+    Attributes:
+        backend: what runs it.
+        name: the last part of its id or folder.
+        tokenizer: its tokenizer.
+        identities: the report of the identities proved on load; None with ``verify=False``.
+    """
+
+    def __init__(
+        self, backend: Backend, loaded: LoadedModel, report: IdentityReport | None = None
+    ) -> None:
+        self.backend = backend
+        self.name: str = loaded.name
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.identities = report
+        self._loaded = loaded
+
+    def __repr__(self) -> str:
+        info = self.backend.info
+        return (
+            f"LanguageModel({self.name!r}, {info.family}, {info.n_layers} layers, "
+            f"d_model {info.d_model}, vocabulary {info.d_vocab}, {self.device}, "
+            f"{str(self.dtype).removeprefix('torch.')})"
+        )
+
+    @property
+    def family(self) -> str:
+        """Row of the family table, or ``structure:<model type>``."""
+        return self.backend.info.family
+
+    @property
+    def architecture(self) -> str:
+        """ "pre_norm", or "post_norm" where blocks read the residual stream without a norm."""
+        return self.backend.info.architecture
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.backend.info.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.backend.info.d_model
+
+    @property
+    def d_vocab(self) -> int:
+        """Width of the softmax; may exceed the tokenizer's size where a head is padded."""
+        return self.backend.info.d_vocab
+
+    @property
+    def n_heads(self) -> int:
+        """Number of query heads of a block."""
+        return self.backend.info.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Number of key-value heads of a block."""
+        return self.backend.info.n_kv_heads
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Longest prompt in tokens; None when nothing limits it."""
+        return self.backend.info.n_ctx
+
+    @property
+    def device(self) -> torch.device:
+        """Where the residual stream begins."""
+        return self.backend.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return self.backend.dtype
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """The output head: a reference to the real weights."""
+        return self.backend.unembedding
+
+    def sites(self) -> list[Site]:
+        """Return every site that can be captured and edited, in the order of the forward pass."""
+        return list(self.backend.sites())
+
+    def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """Return the dotted name and the real norm that a lens applies at a row.
+
+        Row 0 is the embedding, row k the residual after block k-1. ``final`` is the last norm
+        everywhere; ``next_norm`` is the input norm of block k. The last row always gets the final
+        norm, and so does every row of a family whose blocks have no input norm (OLMo 2).
+
+        Raises:
+            LensError: the row or the choice does not exist.
+        """
+        return self.backend.norm_at(row, choice)
+
+    def tokenize(
+        self,
+        prompts: PromptsLike,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide = "right",
+    ) -> TokenBatch:
+        """Turn prompts into one padded batch that this model can take.
+
+        Raises:
+            PromptError: a prompt is empty, too long, or holds ids the model does not know.
+        """
+        return tokenize(
+            self.tokenizer,
+            prompts,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            max_length=self.n_ctx,
+            vocab_size=self.backend.info.n_embeddings,
+        )
+
+    def run(
+        self,
+        prompts: PromptsLike,
+        *,
+        capture: Capture | str | Site | Sequence[str | Site] = (),
+        edits: Sequence[Edit] = (),
+        start: Start | None = None,
+        stop_after: int | None = None,
+        positions: Positions | None = None,
+        logits: Logits = "all",
+        products: Products = "default",
+        gradients: bool = False,
+    ) -> RunResult:
+        """Run one forward pass: the only way one happens.
+
+        Args:
+            prompts: text, ids, `Prompt`s, or a `TokenBatch`.
+            capture: sites to keep, or a `Capture` that also names positions, device and dtype.
+            edits: applied at their sites; several at one site in the order given.
+            start: resume at a block from a stored residual.
+            stop_after: last block to compute; the result then has no logits.
+            positions: token positions to keep of every captured site, in the coordinates of each
+                prompt without padding (negative: from its end); None keeps all columns.
+            logits: "all" padded columns, the "last" token of each prompt, positions, or None.
+                Only positions asked for are unembedded.
+            products: "checked" uses the fastest float32-accurate matrix product of this machine,
+                for this run only; "default" leaves torch as found.
+            gradients: keep the autograd graph.
+
+        Raises:
+            SiteError, CapabilityError, EditError, PromptError: the request, before anything runs.
+        """
+        batch = self.tokenize(prompts)
+        planned = plan(
+            self.backend,
+            batch,
+            capture=capture,
+            edits=edits,
+            start=start,
+            stop_after=stop_after,
+            positions=positions,
+            logits=logits,
+            gradients=gradients,
+        )
+        if gradients and Capability.GRADIENTS not in self.backend.capabilities:
+            raise CapabilityError(
+                f"the {self.backend.name} backend computes no gradients; use 'huggingface'"
+            )
+        with matrix_products(products) as choice:
+            execution = self.backend.execute(planned)
+        return RunResult(
+            activations=execution.activations,
+            logits=execution.logits,
+            batch=batch,
+            positions=planned.captures[0].columns if planned.captures else None,
+            products=choice.to_dict(),
+            n_layers=self.n_layers,
+        )
+
+    def check(self) -> IdentityReport:
+        """Run the identities again and return what they gave; raises nothing when one fails."""
+        return identities.check(self.backend)
+
+    def token_strings(self) -> list[str]:
+        """Return the text of every token of the vocabulary, leading spaces kept; cached."""
+        return token_strings(self.tokenizer, self.d_vocab)
+
+    def decode_token(self, token_id: int) -> str:
+        """Return the text of one token, leading space kept."""
+        return decode_tokens(self.tokenizer, [token_id])[0]
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what is needed to run the same model again, ready for JSON."""
+        return {
+            **self._loaded.provenance(),
+            "backend": self.backend.name,
+            "family": self.family,
+            "verified": self.identities is not None,
+        }
