@@ -1,4 +1,4 @@
-"""A small summary of a table, enough for the reports; thresholds and gates are not the point here."""
+"""A small summary of a table, enough for the reports; its thresholds are not the point."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def small_summary(table: LayersTable) -> dict[str, Any]:
                     "milestones": {name: milestone(values) for name, values in flags.items()},
                 }
             )
-    baseline = next(
-        (i for i, entry in enumerate(passes) if entry["lens"] == "norm"), 0
-    )
+    baseline = next((i for i, entry in enumerate(passes) if entry["lens"] == "norm"), 0)
     raw = {
         key: {
             "pct_layers_kl_ge_1.0": 0.25,

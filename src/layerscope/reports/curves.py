@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from layerscope.reports.glossary import MARKED, canonical
+from layerscope.reports.glossary import MARKED, canonical, lasts
 from layerscope.reports.strings import StringTable
 from layerscope.reports.text import rounded
 
@@ -45,11 +45,16 @@ def _lists(rows: pl.DataFrame, column: str) -> list[list[Any]]:
 
 
 def marks(milestones: Mapping[str, Any] | None, names: Iterable[str] = MARKED) -> list[list[Any]]:
-    """Return ``[name, first, stable]`` of the milestones that were reached, in reading order."""
+    """Return ``[name, first, stable]`` of the milestones that were reached, in reading order.
+
+    ``stable`` is null when a lasting milestone is not true at the last layer.
+    """
     found = {canonical(name): entry for name, entry in (milestones or {}).items()}
     reached: list[list[Any]] = []
     for name in names:
         entry = found.get(name)
         if entry and entry.get("first") is not None:
-            reached.append([name, entry["first"], entry.get("stable")])
+            first = entry["first"]
+            stable = entry.get("stable", first) if lasts(name) else first
+            reached.append([name, first, stable])
     return reached

@@ -28,9 +28,7 @@ class ModelData:
     omitted: tuple[str, ...]
 
 
-def model_data(
-    table: LayersTable, summary: Mapping[str, Any], *, budget_bytes: int
-) -> ModelData:
+def model_data(table: LayersTable, summary: Mapping[str, Any], *, budget_bytes: int) -> ModelData:
     """Return the data block of one table within a budget of JSON bytes.
 
     When the budget is short, first the number of tokens per grid cell shrinks, then the last
@@ -228,7 +226,11 @@ def _add_grids(
 ) -> list[str]:
     """Add the grids in order while they fit; return sentences on what was left out."""
     wanted = [
-        [(lens, frame) for lens in lenses if (frame := frames.get((prompt.prompt_index, lens))) is not None]
+        [
+            (lens, frame)
+            for lens in lenses
+            if (frame := frames.get((prompt.prompt_index, lens))) is not None
+        ]
         for prompt in prompts
     ]
     sizes = [sum(grid_size(frame) for _, frame in entry) for entry in wanted]

@@ -12,6 +12,7 @@ class Milestone:
     name: str
     label: str
     meaning: str
+    lasts: bool = True  # whether one expects it to stay true up to the last layer
 
 
 MILESTONES: tuple[Milestone, ...] = (
@@ -44,8 +45,8 @@ MILESTONES: tuple[Milestone, ...] = (
     Milestone(
         "first_kl_below_1.0", "KL≤1", "the reading is within 1 bit of the model's own output"
     ),
-    Milestone("L_copy", "copy", "the layer confidently repeats a token of the prompt"),
-    Milestone("L_copy_H", "entropy≤1", "the reading has at most 1 bit of uncertainty"),
+    Milestone("L_copy", "copy", "the layer confidently repeats a token of the prompt", False),
+    Milestone("L_copy_H", "entropy≤1", "the reading has at most 1 bit of uncertainty", False),
     Milestone(
         "L_semantic_margin_ok",
         "above chance",
@@ -108,17 +109,23 @@ def meaning(name: str) -> str:
     return entry.meaning if entry else ""
 
 
+def lasts(name: str) -> bool:
+    """Return whether a milestone is expected to stay true up to the last layer."""
+    entry = _BY_NAME.get(canonical(name))
+    return entry is None or entry.lasts
+
+
 TERMS: tuple[tuple[str, str], ...] = (
     (
         "layer (row)",
-        "Row 0 is the embedding before the first block; row k is the residual stream after block k. "
-        "The last row is what the model's own head reads.",
+        "Row 0 is the embedding before the first block; row k is the residual stream after block "
+        "k. The last row is what the model's own head reads.",
     ),
     (
         "lens",
-        "A way to read a layer as if it were the last one: its state is turned into a prediction of "
-        "the next token. The norm lens applies the model's normalisation first; the raw lens does "
-        "not. Where they disagree, the reading depends on the tool more than on the model.",
+        "A way to read a layer as if it were the last one: its state is turned into a prediction "
+        "of the next token. The norm lens applies the model's normalisation first; the raw lens "
+        "does not. Where they disagree, the reading depends on the tool more than on the model.",
     ),
     (
         "entropy",
@@ -132,8 +139,9 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "answer rank",
-        "1 when the answer's first token is the most likely token, 2 when one token is more likely, "
-        "and so on. Ranks can be compared between models; probabilities and bits often cannot.",
+        "1 when the answer's first token is the most likely token, 2 when one token is more "
+        "likely, and so on. Ranks can be compared between models; probabilities and bits often "
+        "cannot.",
     ),
     (
         "first and stable",
@@ -142,19 +150,19 @@ TERMS: tuple[tuple[str, str], ...] = (
     ),
     (
         "JS, L1, Jaccard",
-        "Three distances between the raw and the norm reading: Jensen-Shannon divergence (bits, 0 to "
-        "1), the summed difference of probabilities (0 to 2), and the overlap of the 50 most likely "
-        "tokens (1 = the same set).",
+        "Three distances between the raw and the norm reading: Jensen-Shannon divergence (bits, 0 "
+        "to 1), the summed difference of probabilities (0 to 2), and the overlap of the 50 most "
+        "likely tokens (1 = the same set).",
     ),
     (
         "artefact tier",
-        "A summary of how strongly raw and norm readings disagree over the whole depth: low, medium "
-        "or high.",
+        "A summary of how strongly raw and norm readings disagree over the whole depth: low, "
+        "medium or high.",
     ),
     (
         "control",
-        "A prompt about another subject, with the wrong answer as foil. A signal that appears there "
-        "too does not belong to the fact.",
+        "A prompt about another subject, with the wrong answer as foil. A signal that appears "
+        "there too does not belong to the fact.",
     ),
     (
         "without filler (ablation)",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from layerscope.errors import OutputError
+from layerscope.files import write_text
 from layerscope.measures.table import LayersTable
 from layerscope.reports.data import model_data
 from layerscope.reports.glossary import MILESTONES, TERMS
@@ -30,7 +29,7 @@ def layers_page(reports: Report | Sequence[Report]) -> str:
 
     Everything but plotly.js stays under 2 MB; nothing is loaded from outside the file.
     """
-    entries = [reports] if _is_single(reports) else list(reports)
+    entries = _as_list(reports)
     if not entries:
         raise OutputError("there is nothing to report: pass at least one table with its summary")
     sections: list[ModelSections] = []
@@ -40,38 +39,32 @@ def layers_page(reports: Report | Sequence[Report]) -> str:
         payloads.append(data.payload)
         sections.append(model_sections(table, summary, provenance, omitted=data.omitted))
     labels = {entry.name: [entry.label, entry.meaning] for entry in MILESTONES}
-    return _environment().get_template("layers.html.j2").render(
-        models=sections,
-        data=Markup(json_block({"models": payloads, "milestones": labels})),
-        plotly=Markup(_plotly()),
-        styles=Markup("\n".join(_asset(name) for name in _STYLES)),
-        scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
-        terms=TERMS,
-        milestones=MILESTONES,
-        markers=MARKER_LEGEND,
+    return (
+        _environment()
+        .get_template("layers.html.j2")
+        .render(
+            models=sections,
+            data=Markup(json_block({"models": payloads, "milestones": labels})),
+            plotly=Markup(_plotly()),
+            styles=Markup("\n".join(_asset(name) for name in _STYLES)),
+            scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
+            terms=TERMS,
+            milestones=MILESTONES,
+            markers=MARKER_LEGEND,
+        )
     )
 
 
 def write_html(path: Path, reports: Report | Sequence[Report]) -> Path:
     """Write the page to ``path`` (whole or not at all) and return the path."""
-    text = layers_page(reports)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    write_text(path, layers_page(reports))
     return path
 
 
-def _is_single(reports: Any) -> bool:
-    return bool(reports) and isinstance(reports[0], LayersTable)
+def _as_list(reports: Report | Sequence[Report]) -> list[Report]:
+    if reports and isinstance(reports[0], LayersTable):
+        return [cast("Report", reports)]
+    return list(cast("Sequence[Report]", reports))
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.data import kind
-from layerscope.reports.glossary import TABULATED, label, meaning
+from layerscope.reports.glossary import TABULATED, label, lasts, meaning
 from layerscope.reports.text import number, visible
 from layerscope.reports.verdict import (
     Reason,
@@ -17,12 +17,14 @@ from layerscope.reports.verdict import (
     baseline_prompt,
     milestones_of,
     pass_entry,
+    primary_lens,
     reading,
     reasons,
     trust,
 )
 
 MAX_PROVENANCE_CHARS = 60_000
+DATE_KEYS = ("date", "finished_at", "finished", "started_at", "started", "created_at", "timestamp")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ModelSections:
     facts: tuple[FactRow, ...]
     aggregates: tuple[tuple[str, str], ...]
     facts_absent: str | None
+    primary_lens: str
     provenance: str | None
 
 
@@ -82,7 +85,8 @@ def model_sections(
         columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
         facts=facts,
         aggregates=_aggregates(summary),
-        facts_absent=None if facts else "No fact was measured with the norm lens.",
+        facts_absent=None if facts else "No fact was measured, so there are no milestones to list.",
+        primary_lens=primary_lens(summary),
         provenance=_provenance(table, provenance),
     )
 
@@ -114,11 +118,17 @@ def _chips(table: LayersTable, provenance: Mapping[str, Any]) -> tuple[tuple[str
         ("norm", meta.norm_choice),
         ("device", find(sources, ("device",))),
         ("dtype", find(sources, ("dtype", "dtype_compute"))),
-        ("run", find(sources, ("date", "finished_at", "started_at", "created_at", "timestamp"))),
+        (
+            "run",
+            _date(find(sources, ("date", "finished_at", "started_at", "created_at", "timestamp"))),
+        ),
     ]
-    return tuple(
-        (name, visible(number(value), keep_spaces=True)) for name, value in chips if value
-    )
+    return tuple((name, visible(number(value), keep_spaces=True)) for name, value in chips if value)
+
+
+def _date(value: Any) -> str | None:
+    """Write an ISO date with a space and without fractions of a second."""
+    return None if value is None else str(value).replace("T", " ").split(".")[0]
 
 
 def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple[str, ...]:
@@ -161,8 +171,9 @@ def _of_fact(block: Any, prompt: PromptInfo | None) -> Mapping[str, Any]:
 
 def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...]:
     rows: list[FactRow] = []
+    lens = primary_lens(summary)
     for prompt in table.passes():
-        entry = pass_entry(summary, prompt.prompt_index)
+        entry = pass_entry(summary, prompt.prompt_index, lens)
         if kind(prompt) != "fact" or entry is None:
             continue
         found = milestones_of(entry)
@@ -175,18 +186,20 @@ def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...
                 top1=visible(head.top_tokens[0]) if head and head.top_tokens else "–",
                 p_answer=number(head.p_answer) if head else "–",
                 rank=number(head.answer_rank) if head else "–",
-                cells=tuple(milestone_cell(found.get(name)) for name in TABULATED),
+                cells=tuple(
+                    milestone_cell(found.get(name), lasts=lasts(name)) for name in TABULATED
+                ),
             )
         )
     return tuple(rows)
 
 
-def milestone_cell(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+def milestone_cell(entry: Mapping[str, Any] | None, *, lasts: bool = True) -> tuple[str, str]:
     """Return a milestone as a short text and an explanation: first, and stable when later."""
     first = (entry or {}).get("first")
     if entry is None or first is None:
         return "–", "never"
-    if "stable" not in entry:
+    if "stable" not in entry or not lasts:
         return str(first), f"first at layer {first}"
     stable = entry["stable"]
     if stable == first:

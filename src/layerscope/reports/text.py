@@ -16,7 +16,7 @@ MARKER_LEGEND = (
     ("‹U+200F›", "an invisible character, by its Unicode number"),
 )
 _MARKERS = {" ": SPACE, "\n": NEWLINE, "\r": RETURN, "\t": TAB}
-# Control, format (bidirectional marks, joiners), surrogate, line and paragraph separator, other spaces.
+# Control, format (bidirectional marks, joiners), surrogate, separators of lines, paragraphs, words.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 # What could end a script element or a JavaScript string early.
 _JSON_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -70,9 +70,10 @@ def number(value: Any, digits: int = 3) -> str:
         return str(value)
     if not math.isfinite(value):
         return "not finite"
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+    size = abs(value)
+    if 0.0 < size < 1e-3 or size >= 1e5:
         return f"{value:.{digits - 1}e}"
-    return f"{value:.{digits}g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return f"{value:.{digits}g}" if size < 1e3 else f"{value:,.0f}"
 
 
 def json_block(value: Any) -> str:

@@ -27,11 +27,20 @@ class Reason:
 def milestones_of(entry: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the milestones of one pass of the summary under the report's names."""
     found: Mapping[str, Any] = (entry or {}).get("milestones") or {}
-    return {canonical(name): dict(value) for name, value in found.items() if value}
+    named = {canonical(name): dict(value) for name, value in found.items() if value}
+    confirmed = (entry or {}).get("L_semantic_confirmed")
+    if confirmed is not None:  # a test of one layer: it is reached, it cannot be lost
+        named.setdefault("L_semantic_confirmed", {"first": confirmed})
+    return named
+
+
+def primary_lens(summary: Mapping[str, Any]) -> str:
+    """Return the lens whose milestones are quoted."""
+    return str(summary.get("primary_lens") or "norm")
 
 
 def pass_entry(
-    summary: Mapping[str, Any], prompt_index: int, lens: str = "norm"
+    summary: Mapping[str, Any], prompt_index: int, lens: str
 ) -> Mapping[str, Any] | None:
     """Return the summary of one pass under one lens, or None when it was not measured."""
     for entry in summary.get("passes") or ():
@@ -49,9 +58,7 @@ def baseline_entry(summary: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return passes[0] if passes else None
 
 
-def baseline_prompt(
-    table: LayersTable | None, summary: Mapping[str, Any]
-) -> PromptInfo | None:
+def baseline_prompt(table: LayersTable | None, summary: Mapping[str, Any]) -> PromptInfo | None:
     """Return the prompt of the baseline pass."""
     entry = baseline_entry(summary)
     prompts = list(table.passes()) if table else []

@@ -26,7 +26,7 @@ LS.LABEL_LINE = 14;
 LS.lanes = (marks, toPixel, width) => {
   const ends = [];
   return marks.map(([name, layer, stable]) => {
-    const label = (LS.data.milestones[name] || [name])[0];
+    const label = LS.label(name);
     const text = stable === layer ? label : label + (stable === null ? " ✕" : " →" + stable);
     const size = 6.3 * text.length + 12;
     const x = toPixel(layer);
@@ -64,7 +64,7 @@ LS.curveColumns = (model, pass) => {
 
 LS.hoverText = (model, curves, i) => {
   const tokens = curves.top[i].map(
-    (token, rank) => LS.escaped(model.strings[token]) + " " + LS.percent(curves.top_p[i][rank]),
+    (token, rank) => LS.escaped(LS.short(model.strings[token])) + " " + LS.percent(curves.top_p[i][rank]),
   );
   return tokens.join(", ");
 };
@@ -173,7 +173,7 @@ LS.decorate = (layout, column, labels, domain, at) => {
   for (const [layer, count] of reach) {
     layout.shapes.push({
       type: "line", xref: axis, yref: "paper", x0: layer, x1: layer, y0: 0,
-      y1: 1 + (count * LS.LABEL_LINE) / at.inner, line: { color: LS.css("--muted"), width: 1, dash: "dot" }, layer: "below",
+      y1: 1 + (count * LS.LABEL_LINE) / at.inner, line: { color: LS.css("--muted"), width: 1, dash: "dot" }, opacity: 0.8, layer: "between",
     });
   }
 };

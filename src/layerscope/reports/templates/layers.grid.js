@@ -1,6 +1,24 @@
 // The layers x positions grid: an ordinary table, so that it can be read with the keyboard.
 LS.CHIP_CHARS = 26;
 
+LS.label = (name) => (LS.data.milestones[name] || [name])[0];
+
+// As many milestone names as fit in the room beside a layer number.
+LS.fitting = (names) => {
+  let room = LS.CHIP_CHARS;
+  return names.filter((name) => (room -= LS.label(name).length + 1) >= 0);
+};
+
+LS.sideWidth = (grid, byLayer) => {
+  const sizes = grid.layers.map((layer) => {
+    const names = byLayer.get(layer) || [];
+    const shown = LS.fitting(names);
+    const more = shown.length < names.length ? 26 : 0;
+    return shown.reduce((sum, name) => sum + 6.4 * LS.label(name).length + 12, more);
+  });
+  return Math.max(116 + (grid.hidden ? 130 : 0), 44 + Math.max(...sizes));
+};
+
 LS.colourModes = {
   probability: {
     label: "Probability",
@@ -25,16 +43,14 @@ LS.marksByLayer = (marks) => {
 LS.rowHeader = (layer, model, names) => {
   const header = LS.element("th");
   header.scope = "row";
-  const label = (name) => (LS.data.milestones[name] || [name])[0];
-  let room = LS.CHIP_CHARS;
-  const shown = names.filter((name) => (room -= label(name).length + 1) >= 0);
-  for (const name of shown) header.append(LS.element("span", "mark", label(name)));
+  const shown = LS.fitting(names);
+  for (const name of shown) header.append(LS.element("span", "mark", LS.label(name)));
   if (shown.length < names.length) {
     header.append(LS.element("span", "mark", "+" + (names.length - shown.length)));
   }
   header.append(LS.element("b", "", String(layer)));
   const where = layer === 0 ? "embedding" : layer === model.n_layers ? "last layer" : "layer " + layer;
-  header.title = [where].concat(names.map(label)).join(" · ");
+  header.title = [where].concat(names.map(LS.label)).join(" · ");
   return header;
 };
 
@@ -56,7 +72,8 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
   const table = LS.element("table");
   const layout = LS.element("colgroup");
   layout.append(LS.element("col"));
-  layout.firstChild.style.width = "236px";
+  const side = LS.sideWidth(grid, byLayer);
+  layout.firstChild.style.width = side + "px";
   for (let i = 0; i < columns; i += 1) layout.append(LS.element("col"));
   const body = LS.element("tbody");
   for (let row = top; row >= 0; row -= 1) {
@@ -68,7 +85,7 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
     body.append(line);
   }
   table.append(layout, body, LS.gridFoot(model, pass, grid));
-  table.style.minWidth = 236 + 54 * columns + "px";
+  table.style.minWidth = side + 60 * columns + "px";
   host.append(table);
   host.scrollLeft = host.scrollWidth;
   LS.gridKeys(table, top + 1, columns);

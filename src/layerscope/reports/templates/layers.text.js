@@ -30,6 +30,8 @@ LS.percent = (p) => {
   return (100 * p).toPrecision(p < 0.1 ? 2 : 3).replace(/\.0+$/, "") + "%";
 };
 
+LS.short = (text) => (text.length > 18 ? text.slice(0, 17) + "…" : text);
+
 LS.css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // cividis, nine stops: ordered in lightness for every kind of colour vision.
