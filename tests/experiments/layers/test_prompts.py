@@ -33,7 +33,9 @@ def test_builtin_suite_is_eleven_passes_in_the_published_order() -> None:
 
 
 def test_csv_and_yaml_of_the_same_facts_are_the_same_set(tmp_path: Path) -> None:
-    table = write(tmp_path, HEADER + 'a,"Two, plus two is",four,,,\nb,Red and,blue,green,One and,\n')
+    table = write(
+        tmp_path, HEADER + 'a,"Two, plus two is",four,,,\nb,Red and,blue,green,One and,\n'
+    )
     listing = write(
         tmp_path,
         "name: mine\nprompts:\n"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layerscope.errors import ConfigError, nearest
-from layerscope.measures import MeasureConfig
+from layerscope.measures.config import MeasureConfig
 
 LENSES = ("raw", "norm")
 MIB = 2**20
