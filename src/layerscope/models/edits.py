@@ -47,7 +47,7 @@ class EditContext:
 
     site: Site
     batch: TokenBatch
-    rows: Int[Tensor, "row"]
+    rows: Int[Tensor, " row"]
     columns: Int[Tensor, "row pos"]
     mask: Bool[Tensor, "row pos"]
     activation: Float[Tensor, "batch all_pos width"]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from layerscope.models.backends.base import Backend
     from layerscope.models.prompts import TokenBatch
 
-Logits: TypeAlias = Literal["all", "last"] | None | Positions
+Logits: TypeAlias = Literal["all", "last"] | Positions | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PlannedEdit:
 
     site: Site
     edit: Edit
-    rows: Int[Tensor, "row"] | None
+    rows: Int[Tensor, " row"] | None
     columns: Int[Tensor, "row pos"] | None
 
 
@@ -91,7 +91,7 @@ class RunPlan:
     edits: tuple[PlannedEdit, ...] = ()
     start: Start | None = None
     stop_after: int | None = None
-    logits: Literal["all"] | None | Int[Tensor, "batch pos"] = "all"
+    logits: Literal["all"] | Int[Tensor, "batch pos"] | None = "all"
     gradients: bool = False
 
 
@@ -252,7 +252,7 @@ def _edits(edit: Edit, batch: TokenBatch, reach: _Reach) -> Iterator[PlannedEdit
 
 def _logits(
     logits: Logits, batch: TokenBatch, stop_after: int | None
-) -> Literal["all"] | None | Int[Tensor, "batch pos"]:
+) -> Literal["all"] | Int[Tensor, "batch pos"] | None:
     if logits is None or stop_after is not None:
         return None
     if isinstance(logits, str):

@@ -109,9 +109,10 @@ class Site:
             return name
         pattern = _parse(name)
         layer, head = pattern.layer, pattern.head
-        if len(pattern.kinds) > 1 or isinstance(layer, slice) or isinstance(head, slice):
+        kind, *others = pattern.kinds
+        if others or isinstance(layer, slice) or isinstance(head, slice):
             raise SiteError(f"'{name}' names several sites; give exactly one here")
-        return cls(pattern.kinds[0], layer, head)
+        return cls(kind, layer, head)
 
     def resolve(self, n_layers: int, n_heads: int | None = None) -> Site:
         """Return the site with its layer and head counted from 0.
@@ -169,8 +170,9 @@ class _Pattern:
 def _parse(name: str) -> _Pattern:
     text = _from_transformer_lens(name.strip())
     parts = text.split(".")
+    numbers: tuple[str, ...] = ()
     if len(parts) == 1:
-        kinds, numbers = _matching(text, GLOBAL_KINDS), ()
+        kinds = _matching(text, GLOBAL_KINDS)
     elif len(parts) == 2:
         kinds, numbers = _matching(parts[0], LAYER_KINDS), (parts[1],)
     elif len(parts) == 3:
@@ -178,7 +180,7 @@ def _parse(name: str) -> _Pattern:
     elif len(parts) == 5 and parts[2] == "head":
         kinds, numbers = _matching(f"{parts[0]}.{parts[4]}", HEAD_KINDS), (parts[1], parts[3])
     else:
-        kinds, numbers = (), ()
+        kinds = ()
     indices = [_number(number) for number in numbers]
     if not kinds or None in indices:
         raise SiteError(_unknown(name, text))

@@ -7,7 +7,7 @@ thread, or a call of the model by its owner passes through them untouched.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ def _edited(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
 
 
 @contextmanager
-def running(run: object) -> Iterator[None]:
+def running(run: object) -> Generator[None]:
     """Make the hooks of `run`, and of no other, act in this thread."""
     token = _running.set(run)
     try:
@@ -159,14 +159,14 @@ def running(run: object) -> Iterator[None]:
 
 
 @contextmanager
-def outside() -> Iterator[None]:
+def outside() -> Generator[None]:
     """Let nothing of the surrounding run act: for calls of a user's function."""
     with running(None):
         yield
 
 
 @contextmanager
-def installed(recorder: Recorder, points: dict[Site, Point]) -> Iterator[None]:
+def installed(recorder: Recorder, points: dict[Site, Point]) -> Generator[None]:
     """Keep hooks for the given sites, in their order, on their modules."""
     handles: list[RemovableHandle] = []
     try:
@@ -185,7 +185,7 @@ def installed(recorder: Recorder, points: dict[Site, Point]) -> Iterator[None]:
 
 
 @contextmanager
-def stopping_after(run: object, block: nn.Module | None) -> Iterator[None]:
+def stopping_after(run: object, block: nn.Module | None) -> Generator[None]:
     """End the forward pass once `block` has run (and its other hooks have)."""
     if block is None:
         yield
@@ -218,7 +218,7 @@ class Resume:
         self._undo: list[Callable[[], None]] = []
 
     @contextmanager
-    def at(self, run: object, layer: int, residual: Tensor, *, tuple_size: int) -> Iterator[None]:
+    def at(self, run: object, layer: int, residual: Tensor, *, tuple_size: int) -> Generator[None]:
         """Hand block `layer` the stored residual, in the pass of `run` alone.
 
         Args:
