@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -128,7 +129,10 @@ class TokenBatch:
 
     def to(self, device: str | torch.device) -> TokenBatch:
         """Return the batch with its tensors on `device`."""
-        return replace(self, ids=self.ids.to(device), attention_mask=self.attention_mask.to(device))
+        moved = copy.copy(self)  # not replace(): the check of the mask would wait for the device
+        object.__setattr__(moved, "ids", self.ids.to(device))
+        object.__setattr__(moved, "attention_mask", self.attention_mask.to(device))
+        return moved
 
     def _row(self, row: int) -> int:
         if not -len(self) <= row < len(self):

@@ -7,8 +7,6 @@ of a quarter of a million tokens.
 from __future__ import annotations
 
 import functools
-import string
-import unicodedata
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from layerscope.measures.tokens import is_ignorable
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["decode_tokens", "ignore_mask", "is_ignorable", "token_scheme", "token_strings"]
 
 TokenScheme = Literal["byte_level", "metaspace", "decode"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_SPACE_MARKERS = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": " "})
-_ASCII_PUNCTUATION = frozenset(string.punctuation)
-_IGNORABLE_CLASSES = frozenset("ZPC")
 
 _texts_of: weakref.WeakKeyDictionary[Any, dict[int, tuple[str | None, ...]]] = (
     weakref.WeakKeyDictionary()
@@ -45,39 +44,23 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
     return ["" if text is None else text for text in _texts(tokenizer, ids)]
 
 
-def is_ignorable(text: str | None, *, ignore_symbols: bool = False) -> bool:
-    """Say whether a token's text is only whitespace, punctuation or control characters.
-
-    Decided by Unicode category: Z*, P* and C*, and all ASCII punctuation (``$+<=>^`|~`` are
-    symbols to Unicode, punctuation to everybody else). The tokenizer markers ``▁ Ġ Ċ`` count as
-    spaces. Other symbols (S*) count only with `ignore_symbols`. The empty text is ignorable; None
-    (an id without a token) and a part of a character (U+FFFD) never are.
-    """
-    if text is None or REPLACEMENT in text:
-        return False
-    return all(
-        _is_ignorable_character(character, ignore_symbols)
-        for character in text.translate(_SPACE_MARKERS)
-    )
-
-
 def ignore_mask(
     tokenizer: PreTrainedTokenizerBase, size: int, *, ignore_symbols: bool = False
 ) -> NDArray[np.bool_]:
-    """Return a mask over the ids ``0 .. size - 1``: True where `is_ignorable` holds."""
-    texts = _vocabulary_texts(tokenizer, size)
+    """Return a mask over the ids ``0 .. size - 1``: True where a token says nothing.
+
+    Decided by `is_ignorable`; an id without a token, or a part of a character, is never masked.
+    """
     return np.fromiter(
-        (is_ignorable(text, ignore_symbols=ignore_symbols) for text in texts),
+        (
+            text is not None
+            and REPLACEMENT not in text
+            and is_ignorable(text, symbols=ignore_symbols)
+            for text in _vocabulary_texts(tokenizer, size)
+        ),
         dtype=np.bool_,
-        count=len(texts),
+        count=size,
     )
-
-
-def _is_ignorable_character(character: str, ignore_symbols: bool) -> bool:
-    if character in _ASCII_PUNCTUATION or character.isspace():
-        return True
-    kind = unicodedata.category(character)[0]
-    return kind in _IGNORABLE_CLASSES or (ignore_symbols and kind == "S")
 
 
 def _vocabulary_texts(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str | None, ...]:
