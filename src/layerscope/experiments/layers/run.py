@@ -15,7 +15,8 @@ from layerscope.experiments.layers.decode import BatchDecoder
 from layerscope.experiments.layers.prepare import WorkUnit, prepare, work_units
 from layerscope.experiments.layers.prompts import Fact, PromptSet
 from layerscope.lenses import get_lens
-from layerscope.measures import summarise, with_copy_flags
+from layerscope.measures.copy import with_copy_flags
+from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable, PromptInfo, TableMeta, conform, prompt_from_dict
 from layerscope.models import LanguageModel, load
 from layerscope.models.vocabulary import ignore_mask
