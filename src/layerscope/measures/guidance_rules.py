@@ -271,7 +271,8 @@ def control(evidence: Evidence) -> Iterator[Reason]:
         yield Reason(
             "no_control",
             "low",
-            "There is no control prompt: an answer that comes up whatever is asked looks the same.",
+            "There is no control prompt: an answer that comes up whatever is asked looks just like "
+            "this.",
             {},
             "Give each fact a control prompt and a foil.",
         )
@@ -286,8 +287,8 @@ def control(evidence: Evidence) -> Iterator[Reason]:
         yield Reason(
             "control_not_separated",
             "high" if 2 * len(failed) >= total else "medium",
-            f"In {len(failed)} of {total} control prompts the right answer does not end up ahead of "
-            "the wrong one: the reading may not depend on what is asked.",
+            f"In {len(failed)} of {total} control prompts the right answer does not end up ahead "
+            "of the wrong one: the reading may not depend on what is asked.",
             {
                 "delta": evidence.config.control_margin,
                 "last_row_margin": [entry["control_margin_last_row"] for entry in failed[:8]],
@@ -309,8 +310,8 @@ def wording(evidence: Evidence) -> Iterator[Reason]:
         yield Reason(
             "wording_sensitive",
             "medium" if 2 * len(moved) >= total else "low",
-            f"In {_of(len(moved), total)} leaving out one word moves the onset by {tolerance} layers "
-            "or more, or removes it.",
+            f"In {_of(len(moved), total)} leaving out one word moves the onset by {tolerance} "
+            "layers or more, or removes it.",
             {"with_and_without": dict(list(moved.items())[:8]), "tolerance": tolerance},
             "Report the onset over several wordings.",
         )
