@@ -1,0 +1,168 @@
+"""The "diagnostics" block of the JSON: the baseline pass and every check of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerscope.measures.table import PromptInfo
+from layerscope.reports.files.skipped import skipped
+from layerscope.reports.files.view import View
+
+# Stages of the earlier system that need a lens or a pass which this experiment does not have.
+_SKIPPED = {
+    "prism_summary": "no prism lens was run",
+    "tuned_lens": "no tuned lens was run",
+    "skip_layers_sanity": "no tuned lens was run",
+    "tau_norm_per_layer": "no temperature per layer was fitted",
+    "gate_stability_small_scale": "needs the logits of every row, which are not kept",
+    "repeatability": "a second decoding is not part of this experiment",
+    "repeatability_forward": "a second pass is not part of this experiment",
+    "decoding_point": "one norm choice per run; compare two runs",
+    "lens_consistency": "needs full-vocabulary ranks of two lenses, which are not kept",
+    "position_window": "the answer is known at the last position only",
+}
+_NOT_BASELINE = ("prompt_index", "fact_key", "fact_index", "prompt_id", "prompt_variant", "lens")
+_RAW_KEYS = ("raw_lens_window", "raw_lens_full")
+
+
+def diagnostics(view: View, provenance: Mapping[str, Any], *, identity: str) -> dict[str, Any]:
+    """Return the block; fields of the baseline pass stand at its top level, as before."""
+    summary, config, prompt = view.summary, view.config, view.baseline_prompt
+    baseline = {name: value for name, value in view.baseline.items() if name not in _NOT_BASELINE}
+    alignment: Mapping[str, Any] = summary.get("gold_alignment") or {}
+    model: Any = provenance.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    raw = {
+        name: dict(view.of_baseline(name)) or skipped("the raw or the norm lens was not run")
+        for name in _RAW_KEYS
+    }
+    overlap = raw["raw_lens_full"].get("topk_overlap")
+    return {
+        "type": "diagnostics",
+        "model": identity,
+        "device": model.get("device"),
+        "use_norm_lens": view.has("norm"),
+        "unembed_dtype": model.get("dtype"),
+        "norm_choice": view.table.meta.norm_choice,
+        "context_prompt": prompt.text if prompt else None,
+        "target_prediction": prompt.answer if prompt else None,
+        "surface_diagnostics_config": {
+            "delta": config.surface_delta,
+            "gamma": config.geom_gamma,
+            "K": config.topk_decay_k,
+            "tau": config.topk_decay_tau,
+            "semantic_margin": {"delta_abs": config.semantic_margin},
+            "semantic_gate": {"delta_top2_logit": config.semantic_gap},
+        },
+        "answer_margin_unit": "logit",
+        "unembed_bias": summary.get("unembed_bias")
+        or skipped("the table does not describe the unembedding bias"),
+        "flags": _flags(summary),
+        "copy_soft_config": {
+            "threshold": config.copy_soft_threshold,
+            "window_ks": list(config.copy_soft_window_ks),
+            "extra_thresholds": list(config.copy_soft_extra_thresholds),
+        },
+        "copy_mask": summary.get("copy_mask"),
+        **baseline,
+        **raw,
+        "topk_overlap": overlap or skipped("the raw or the norm lens was not run"),
+        "config": {"lens_artifact_score": _score_config(view), "measures": summary.get("config")},
+        "normalization_provenance": _normalisation(view),
+        "layer_map": _layer_map(view),
+        "numeric_health": _health(summary),
+        "gold_alignment": gold_alignment(prompt) if prompt else skipped("no prompt is known"),
+        "gold_alignment_rate": alignment.get("rate"),
+        "gold_alignment_prompts": [
+            {
+                "prompt_id": item.prompt_id,
+                "prompt_variant": item.prompt_variant,
+                **gold_alignment(item),
+                "string": item.answer,
+                "fact_key": item.fact_key,
+                "fact_index": item.fact_index,
+            }
+            for item in view.table.passes()
+        ],
+        "last_layer_consistency": last_row(view),
+        "confirmed_semantics": dict(view.confirmed),
+        "L_semantic_confirmed": view.confirmed.get("L_semantic_confirmed"),
+        "micro_suite": summary.get("micro_suite"),
+        "norm_trajectory": summary.get("norm_trajectory"),
+        **{name: skipped(reason) for name, reason in _SKIPPED.items()},
+    }
+
+
+def gold_alignment(prompt: PromptInfo) -> dict[str, Any]:
+    """Return how the answer of a prompt was aligned with its tokens."""
+    return {
+        "ok": prompt.alignment_status == "ok",
+        "status": prompt.alignment_status,
+        "variant": prompt.answer_variant,
+        "first_id": prompt.answer_ids[0] if prompt.answer_ids else None,
+        "answer_ids": list(prompt.answer_ids),
+        "pieces": list(prompt.answer_pieces),
+    }
+
+
+def last_row(view: View) -> dict[str, Any]:
+    """Return how the last row of the baseline pass compares with the model's head."""
+    index = view.baseline["prompt_index"]
+    entries: list[Mapping[str, Any]] = view.summary.get("last_layer_consistency") or []
+    found = next((entry for entry in entries if entry["prompt_index"] == index), None)
+    return dict(found) if found else skipped("the last row was not compared with the head")
+
+
+def _flags(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guidance reasons as flags that are true."""
+    guidance: Mapping[str, Any] = summary.get("measurement_guidance") or {}
+    return {reason["code"]: True for reason in guidance.get("reasons") or ()}
+
+
+def _score_config(view: View) -> dict[str, Any]:
+    config = view.config
+    names = ("pct_ge_1.0", "norm_only", "max_kl_scaled")
+    return {
+        "weights": dict(zip(names, config.score_weights, strict=True)),
+        "thresholds": dict(zip(("low", "high"), config.score_tiers, strict=True)),
+        "v2_addends": dict(zip(("js_p50", "l1_p50"), config.score_v2_addends, strict=True)),
+    }
+
+
+def _health(summary: Mapping[str, Any]) -> dict[str, Any]:
+    health: dict[str, Any] = dict(summary.get("numeric_health") or {})
+    # NaN and infinity are counted together; where there is neither, both old names are known.
+    separate = None if health.get("any_nonfinite") or not health.get("checked") else False
+    return {"any_nan": separate, "any_inf": separate, **health}
+
+
+def _normalisation(view: View) -> dict[str, Any]:
+    return {
+        "arch": view.table.meta.architecture,
+        "strategy": view.table.meta.norm_choice,
+        "per_layer": [
+            {
+                "layer": row["layer"],
+                "ln_source": row["norm_module"],
+                "resid_norm_ratio": row["resid_norm_ratio"],
+                "delta_resid_cos": row["delta_resid_cos"],
+                "raw_resid_norm": row["resid_norm"],
+            }
+            for row in view.baseline_rows.values()
+        ],
+    }
+
+
+def _layer_map(view: View) -> list[dict[str, Any]]:
+    last = view.table.meta.n_layers
+    return [
+        {
+            "layer": row["layer"],
+            "block": f"blocks[{max(0, row['layer'] - 1)}]",
+            "stream": "pre_block" if row["layer"] == 0 else "post_block",
+            "is_head_input": row["layer"] == last,
+            "norm": row["norm_module"],
+        }
+        for row in view.baseline_rows.values()
+    ]

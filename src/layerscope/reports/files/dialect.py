@@ -1,0 +1,37 @@
+r"""The CSV dialect of the file contract.
+
+Comma, double quote only where needed, backslash as escape character (itself doubled), ``\n`` line
+ends, UTF-8; None is an empty cell, booleans are True and False, floats are Python's shortest repr.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import polars as pl
+
+from layerscope.files import atomic_path
+
+
+class Contract(csv.Dialect):
+    """The dialect, for `csv.reader` and `csv.writer`."""
+
+    delimiter = ","
+    quotechar = '"'
+    escapechar = "\\"
+    doublequote = True
+    lineterminator = "\n"
+    quoting = csv.QUOTE_MINIMAL
+
+
+def write_csv(path: Path, frame: pl.DataFrame) -> Path:
+    """Write a frame of scalars to `path`, atomically; raises OutputError."""
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as stream,
+    ):
+        writer = csv.writer(stream, dialect=Contract)
+        writer.writerow(frame.columns)
+        writer.writerows(frame.iter_rows())
+    return path
