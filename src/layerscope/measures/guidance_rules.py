@@ -166,7 +166,7 @@ def confirmation(evidence: Evidence) -> Iterator[Reason]:
             },
             "Quote the layer as 'under the norm lens'; fit a tuned lens for an independent view.",
         )
-    if not any(entry["lenses_available"] for entry in confirmed.values()):
+    if confirmed and not any(entry["lenses_available"] for entry in confirmed.values()):
         yield Reason(
             "no_second_lens",
             "medium",

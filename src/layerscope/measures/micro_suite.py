@@ -26,7 +26,7 @@ def fact_entry(
         "L_semantic_norm": summary["L_semantic"],
         "L_semantic_confirmed": confirmed,
         "L_semantic_margin_ok_norm": summary["L_semantic_margin_ok"],
-        "delta_hat": None if delta is None else delta / n_layers,
+        "delta_hat": None if delta is None or n_layers < 1 else delta / n_layers,
         "row_index": row_index,
     }
 

@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float, Int
 
-from layerscope.measures.table import LayersTable, PromptInfo
+from layerscope.errors import TableError
+from layerscope.measures.table import LayersTable, PromptInfo, conform
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,19 @@ class PassRows:
         """Say whether a column exists and holds at least one value."""
         return name in self.frame.columns and self.frame[name].null_count() < self.frame.height
 
+    @cached_property
+    def _floats(self) -> dict[str, Float[np.ndarray, " row"]]:
+        return {}
+
     def floats(self, name: str) -> Float[np.ndarray, " row"]:
         """Return a numeric column as float64; null, and a column that is absent, become NaN."""
-        if name not in self.frame.columns:
-            return np.full(self.frame.height, np.nan)
-        column = self.frame[name].cast(pl.Float64)
-        return column.fill_null(float("nan")).to_numpy()
+        if name not in self._floats:
+            self._floats[name] = (
+                self.frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+                if name in self.frame.columns
+                else np.full(self.frame.height, np.nan)
+            )
+        return self._floats[name]
 
     def true(self, name: str) -> Bool[np.ndarray, " row"]:
         """Return where a boolean column is true; null, and a column that is absent, are false."""
@@ -68,8 +76,19 @@ class PassRows:
 
 
 def pass_rows(table: LayersTable) -> dict[tuple[int, str], PassRows]:
-    """Split a table's last-position rows by (prompt_index, lens), in the order of the passes."""
-    last = table.rows.filter(pl.col("is_last")).sort("prompt_index", "layer", maintain_order=True)
+    """Split a table's last-position rows by (prompt_index, lens), in the order of the passes.
+
+    Raises TableError when a value does not fit the schema or a row occurs twice.
+    """
+    try:
+        last = conform(table.rows.filter(pl.col("is_last")))
+    except pl.exceptions.PolarsError as error:
+        raise TableError(
+            f"the table holds a value that does not fit its column: {error}"
+        ) from error
+    key = ["prompt_index", "lens", "layer"]
+    if last.select(key).is_duplicated().any():
+        raise TableError("the table holds two last-position rows of one prompt, lens and layer")
     parts = last.partition_by("prompt_index", "lens", as_dict=True, maintain_order=True)
     lenses = table.lenses
     found: dict[tuple[int, str], PassRows] = {}
@@ -77,6 +96,7 @@ def pass_rows(table: LayersTable) -> dict[tuple[int, str], PassRows]:
         for lens in lenses:
             frame = parts.get((prompt.prompt_index, lens))
             if frame is not None:
-                key = (prompt.prompt_index, lens)
-                found[key] = PassRows(prompt, lens, frame, table.meta.n_layers)
+                found[prompt.prompt_index, lens] = PassRows(
+                    prompt, lens, frame, table.meta.n_layers
+                )
     return found
