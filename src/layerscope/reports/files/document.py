@@ -1,9 +1,9 @@
 """The JSON of one model: the earlier system's key tree, as far as raw and norm lens give it.
 
 Added to it: "schema_version", "status", "model", "files", and under "passes" every milestone of
-every pass with its first, stable and lost rows (null when it was not reached). A stage that this version does not have is
-`{"status": "skipped", "reason": ...}`, never a silent null. Names that earlier plans and code put
-in different places ("summary" and "diagnostics") are in both.
+every pass with its first, stable and lost rows (null when it was not reached). A stage that this
+version does not have is `{"status": "skipped", "reason": ...}`, never a silent null. Names that
+earlier plans and code put in different places ("summary" and "diagnostics") are in both.
 """
 
 from __future__ import annotations

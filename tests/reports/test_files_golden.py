@@ -1,0 +1,114 @@
+"""Published tables, read and written again: the same names, columns, order, dialect and cells."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from support.shared import shared_path
+
+from layerscope.measures.published import read_published
+from layerscope.measures.summary import summarise
+from layerscope.reports.files import write_run_files
+from layerscope.reports.files.dialect import Contract
+
+pytestmark = pytest.mark.golden
+
+MODELS = ("Meta-Llama-3-8B", "gemma-2-9b")
+PURE, RAW = "pure-next-token.csv", "pure-next-token-rawlens.csv"
+WINDOW = "pure-next-token-rawlens-window.csv"
+# The publisher overwrote these columns with values of later facts; its raw-lens file has the right ones.
+OVERWRITTEN = ("topk_jaccard_raw_norm@50", "topk_jaccard_consecutive@50")
+# Published with 1e-30 inside the logarithm here, and without it in the main file.
+OTHER_FORMULA = {"entropy_bits_norm": 1e-4, "entropy_gap_bits": 1e-4}
+
+Rows = list[dict[str, str]]
+
+
+def read(path: Path) -> Rows:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, dialect=Contract))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path]:
+    """Return (file name stem, published folder, folder written from the published tables)."""
+    stem = f"output-{request.param}-"
+    published = shared_path("published", stem + PURE).parent
+    table = read_published(
+        published / (stem + PURE),
+        rawlens=published / (stem + RAW),
+        others={"tuned": published / (stem + "pure-next-token-tuned.csv")},
+    )
+    ours = tmp_path_factory.mktemp(request.param)
+    write_run_files(table, summarise(table).to_dict(), {}, ours)
+    return stem, published, ours
+
+
+@pytest.mark.parametrize("name", [PURE, RAW, WINDOW, "milestones.csv", "artifact-audit.csv"])
+def test_headers_are_equal_byte_for_byte(pair: tuple[str, Path, Path], name: str) -> None:
+    stem, published, ours = pair
+    with (published / (stem + name)).open("rb") as one, (ours / (stem + name)).open("rb") as two:
+        assert two.readline() == one.readline()
+
+
+@pytest.mark.parametrize("name", ["milestones.csv", "artifact-audit.csv"])
+def test_small_files_are_equal_byte_for_byte(pair: tuple[str, Path, Path], name: str) -> None:
+    stem, published, ours = pair
+    assert (ours / (stem + name)).read_bytes() == (published / (stem + name)).read_bytes()
+
+
+def test_every_cell_of_the_last_position_is_equal(pair: tuple[str, Path, Path]) -> None:
+    stem, published, ours = pair
+    theirs, written = read(published / (stem + PURE)), read(ours / (stem + PURE))
+    right = read(published / (stem + RAW))
+    assert len(written) == len(theirs) == len(right)
+    for one, two, overlap in zip(theirs, written, right, strict=True):
+        assert {k: v for k, v in two.items() if k not in OVERWRITTEN} == {
+            k: v for k, v in one.items() if k not in OVERWRITTEN
+        }
+        assert [two[name] for name in OVERWRITTEN] == [overlap[name] for name in OVERWRITTEN]
+
+
+def test_a_file_without_overwritten_columns_is_equal_byte_for_byte(
+    pair: tuple[str, Path, Path], tmp_path: Path
+) -> None:
+    stem, published, ours = pair
+    kept = read(published / (stem + PURE))
+    for one, overlap in zip(kept, read(published / (stem + RAW)), strict=True):
+        one.update({name: overlap[name] for name in OVERWRITTEN})
+    with (tmp_path / PURE).open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(kept[0]), dialect=Contract)
+        writer.writeheader()
+        writer.writerows(kept)
+    assert (ours / (stem + PURE)).read_bytes() == (tmp_path / PURE).read_bytes()
+
+
+def test_every_cell_of_raw_beside_norm_is_equal(pair: tuple[str, Path, Path]) -> None:
+    stem, published, ours = pair
+    theirs, written = read(published / (stem + RAW)), read(ours / (stem + RAW))
+    assert len(written) == len(theirs)
+    for one, two in zip(theirs, written, strict=True):
+        for name, cell in one.items():
+            if name in OTHER_FORMULA:
+                assert float(two[name]) == pytest.approx(float(cell), abs=OTHER_FORMULA[name])
+            else:
+                assert two[name] == cell, name
+
+
+def test_rows_around_milestones_are_equal_where_both_check(pair: tuple[str, Path, Path]) -> None:
+    # The publisher took the radius of every fact from the first one's risk, ours is the fact's own.
+    stem, published, ours = pair
+
+    def keyed(rows: Rows) -> dict[tuple[str, ...], dict[str, str]]:
+        names = ("fact_key", "prompt_id", "prompt_variant", "layer", "lens")
+        return {tuple(row[name] for name in names): row for row in rows}
+
+    theirs, written = keyed(read(published / (stem + WINDOW))), keyed(read(ours / (stem + WINDOW)))
+    common = theirs.keys() & written.keys()
+    assert len(common) > 0.75 * len(theirs)
+    assert {key: written[key] for key in common} == {key: theirs[key] for key in common}
+    assert {key[:3] for key in written} == {key[:3] for key in theirs}
