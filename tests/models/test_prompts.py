@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.shared import shared_path
-from support.tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerscope.errors import ConfigError, PromptError
 from layerscope.models.prompts import Prompt, TokenBatch, leading_specials, tokenize
+from support.shared import shared_path
+from support.tiny_models import tiny_tokenizer
 
 TEXTS = ["The capital of Germany is", "Paris", "One two three"]
 

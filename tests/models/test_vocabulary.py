@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from support.shared import shared_path
-from support.tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -13,6 +11,8 @@ from layerscope.models.vocabulary import (
     token_scheme,
     token_strings,
 )
+from support.shared import shared_path
+from support.tiny_models import tiny_tokenizer
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
