@@ -134,7 +134,7 @@ def test_kl_does_not_saturate_where_probabilities_underflow() -> None:
     assert result.reference.kl_to_bits[0] > 500  # 400 / ln 2, far beyond log2(1e30)
 
 
-@pytest.mark.parametrize("rows_that_fit", [3, 4, 7, 11, 100])
+@pytest.mark.parametrize("rows_that_fit", [20, 25, 40, 60, 400])
 @pytest.mark.parametrize("with_against", [False, True])
 def test_results_do_not_depend_on_the_tile_size(rows_that_fit: int, with_against: bool) -> None:
     head, hidden = _head("plain"), _hidden()
@@ -152,7 +152,7 @@ def test_results_do_not_depend_on_the_tile_size(rows_that_fit: int, with_against
             budget_bytes=budget_bytes,
         )
 
-    small, large = run(12 * VOCAB * rows_that_fit), run(1 << 30)
+    small, large = run(4 * VOCAB * rows_that_fit), run(1 << 30)
     logits = slow_logits(hidden, head)
     for result in (small, large):
         _check_plain(result, logits)

@@ -18,6 +18,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from layerscope.errors import ConfigError
+
+MIN_GROUP = 4  # two rows and their counterparts in the other lens
+# Rows of logits of scratch per row that is being worked on (see `passes`): exponentials, one or two
+# buffers, copies of what rows are compared with.
+SCRATCH = 4
+_WORKING_SET = 1 << 21  # logits worked on at a time: with their scratch they stay in a shared cache
+_TILE_ROWS = 416  # more rows per product gain nothing on a CPU
+_TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
+_SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -35,12 +46,63 @@ class Tile:
     paired: bool
     reference: int | None
 
+    @property
+    def own_reference(self) -> bool:
+        """The reference is itself one of the caller's rows, the last of its group."""
+        return self.reference is not None and self.reference < self.n_out
+
 
 @dataclass(frozen=True)
-class _Segment:
-    slots: list[int]
-    n_out: int
-    own: bool
+class Budget:
+    """How a number of bytes is spent, in rows of logits.
+
+    Attributes:
+        group: most slots in a group.
+        rows: rows of logits in all: those of a tile and the scratch.
+        tile: most slots in a tile, as far as speed is concerned.
+        slice: tokens whose weights are converted to float32 at a time; all of them where the
+            weights are float32 as stored.
+        d_vocab: width of a row.
+    """
+
+    group: int
+    rows: int
+    tile: int
+    slice: int
+    d_vocab: int
+
+    @staticmethod
+    def of(budget_bytes: int, *, d_vocab: int, d_model: int, converted: bool) -> Budget:
+        """Spend `budget_bytes`.
+
+        Raises:
+            ConfigError: it does not hold the smallest group.
+        """
+        tokens = d_vocab
+        if converted:
+            allowed = min(_SLICE_BYTES, budget_bytes // 4)
+            tokens = min(d_vocab, max(1, allowed // (4 * d_model)))
+        left = budget_bytes - (4 * d_model * tokens if converted else 0)
+        rows = left // (4 * d_vocab)
+        group = rows // (1 + SCRATCH)
+        if group < MIN_GROUP:
+            need = 2 * 4 * d_vocab * MIN_GROUP * (1 + SCRATCH)
+            raise ConfigError(
+                f"budget_bytes={budget_bytes} is too small for rows of {d_vocab} logits; "
+                f"pass at least {need}"
+            )
+        tile = _TILE_ROWS_CONVERTED if converted else _TILE_ROWS
+        return Budget(group, rows, tile, tokens, d_vocab)
+
+    def worked_on(self, n_slots: int) -> int:
+        """Return how many groups of `n_slots` the passes work on at a time."""
+        wanted = max(n_slots, min(_WORKING_SET // self.d_vocab, self.group))
+        return wanted // n_slots
+
+    def in_tile(self, n_slots: int) -> int:
+        """Return how many groups of `n_slots` make a tile."""
+        left = self.rows - SCRATCH * n_slots * self.worked_on(n_slots)
+        return max(1, min(left, self.tile) // n_slots)
 
 
 def plan(
@@ -49,47 +111,48 @@ def plan(
     index: Int[Tensor, " row"] | None,
     n_references: int | None,
     paired: bool,
-    max_slots: int,
-) -> Iterator[Tile]:
-    """Pack rows into tiles of at most `max_slots` slots.
+    budget: Budget,
+) -> list[Tile]:
+    """Pack rows into tiles.
 
     Args:
         n_rows: number of the caller's rows.
         index: reference of each row, -1 for none; None when there are no references.
         n_references: number of separate reference rows, or None when `index` points to rows.
         paired: each row has a counterpart in another lens.
-        max_slots: at least 3.
+        budget: how large groups and tiles may be.
     """
-    offset = n_rows if n_references is not None else 0
     other = n_rows + (n_references or 0)
-    shapes: dict[tuple[int, bool | None], list[list[int]]] = {}
+    shapes: dict[tuple[int, int | None], list[list[int]]] = {}
     for target, members in _groups(n_rows, index):
-        for segment in _split(members, target=target, offset=offset, room=max_slots, paired=paired):
-            slots = list(segment.slots)
+        for slots, n_out, reference in _segments(
+            members,
+            target,
+            n_rows=n_rows,
+            separate=n_references is not None,
+            room=budget.group,
+            paired=paired,
+        ):
             if paired:
-                slots[segment.n_out : segment.n_out] = [
-                    other + row for row in slots[: segment.n_out]
-                ]
-            own = segment.own if target is not None else None
-            shapes.setdefault((segment.n_out, own), []).append(slots)
-    for (n_out, own), groups in shapes.items():
-        per_tile = max(1, max_slots // len(groups[0]))
-        for first in range(0, len(groups), per_tile):
-            slots = torch.tensor(groups[first : first + per_tile], dtype=torch.long)
-            reference = None if own is None else (n_out - 1 if own else slots.shape[1] - 1)
-            yield Tile(slots=slots, n_out=n_out, paired=paired, reference=reference)
+                slots[n_out:n_out] = [other + row for row in slots[:n_out]]
+                if reference is not None and reference >= n_out:
+                    reference += n_out
+            shapes.setdefault((n_out, reference), []).append(slots)
+    tiles: list[Tile] = []
+    for (n_out, reference), groups in shapes.items():
+        size = budget.in_tile(len(groups[0]))
+        for first in range(0, len(groups), size):
+            slots = torch.tensor(groups[first : first + size], dtype=torch.long)
+            tiles.append(Tile(slots, n_out, paired, reference))
+    return tiles
 
 
 def _groups(
     n_rows: int, index: Int[Tensor, " row"] | None
 ) -> Iterator[tuple[int | None, list[int]]]:
     """Yield (reference, rows that point to it); rows without one come one by one."""
-    if index is None:
-        for row in range(n_rows):
-            yield None, [row]
-        return
     members: dict[int, list[int]] = {}
-    for row, target in enumerate(index.tolist()):
+    for row, target in enumerate([-1] * n_rows if index is None else index.tolist()):
         members.setdefault(target, []).append(row)
     for target, rows in members.items():
         if target >= 0:
@@ -99,20 +162,25 @@ def _groups(
                 yield None, [row]
 
 
-def _split(
-    members: list[int], *, target: int | None, offset: int, room: int, paired: bool
-) -> Iterator[_Segment]:
-    """Cut one group into segments that fit `room` slots, each with its reference at the end."""
+def _segments(
+    members: list[int],
+    target: int | None,
+    *,
+    n_rows: int,
+    separate: bool,
+    room: int,
+    paired: bool,
+) -> Iterator[tuple[list[int], int, int | None]]:
+    """Cut one group into segments of at most `room` slots: (slots, n_out, reference slot)."""
     if target is None:
-        yield _Segment(slots=members, n_out=len(members), own=False)
+        yield list(members), len(members), None
         return
-    own = offset == 0 and target in members
+    own = not separate and target in members
     rows = [row for row in members if row != target] if own else members
-    size = max(1, (room - 1) // (2 if paired else 1) - (1 if own and paired else 0))
+    slot = n_rows + target if separate else target
+    size = max(1, (room - 1) // 2 - 1 if paired else room - 1)
     chunks = [rows[first : first + size] for first in range(0, len(rows), size)] or [[]]
     for chunk in chunks[:-1]:
-        yield _Segment(slots=[*chunk, offset + target], n_out=len(chunk), own=False)
-    if own:
-        yield _Segment(slots=[*chunks[-1], target], n_out=len(chunks[-1]) + 1, own=True)
-    else:
-        yield _Segment(slots=[*chunks[-1], offset + target], n_out=len(chunks[-1]), own=False)
+        yield [*chunk, slot], len(chunk), len(chunk)
+    last = chunks[-1]
+    yield [*last, slot], len(last) + own, len(last)

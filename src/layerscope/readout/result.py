@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,41 +59,23 @@ class Readout:
 
 
 class Collector:
-    """Gathers the pieces of many tiles and puts their rows back into the caller's order."""
+    """Gathers the raw sums of many tiles and puts their rows back into the caller's order."""
 
     def __init__(self) -> None:
-        self._tiles: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, rows: Int[Tensor, " n"], values: dict[str, Tensor]) -> None:
-        """Take the statistics of the caller's rows `rows`; names may carry a ``group.`` prefix."""
-        self._tiles.append((rows, values))
+        """Take some values of the caller's rows `rows`."""
+        for name, value in values.items():
+            self._pieces.setdefault(name, []).append((rows, value))
 
-    def finish(self, *, n_rows: int) -> Readout:
-        """Build the Readout: every row is written where it came from, NaN where it has no value."""
-        plain: dict[str, Any] = {}
-        grouped: dict[str, dict[str, Tensor]] = {}
-        names = dict.fromkeys(name for _, values in self._tiles for name in values)
-        for name in names:
-            group, _, field = name.rpartition(".")
-            column = self._column(name, n_rows)
-            if group:
-                grouped.setdefault(group, {})[field] = column
-            else:
-                plain[name] = column
-        for group, columns in grouped.items():
-            plain[group] = Divergences(**columns)
-        return Readout(**plain)
-
-    def _column(self, name: str, n_rows: int) -> Tensor:
-        column: Tensor | None = None
-        for rows, values in self._tiles:
-            if name not in values:
-                continue
-            piece = values[name].cpu()
-            piece = piece.float() if piece.is_floating_point() else piece
-            if column is None:
-                empty = torch.nan if piece.is_floating_point() else 0
-                column = torch.full((n_rows, *piece.shape[1:]), empty, dtype=piece.dtype)
-            column[rows] = piece
-        assert column is not None
-        return column
+    def finish(self, *, n_rows: int) -> dict[str, Tensor]:
+        """Return CPU tensors of all rows: NaN, 0 or False where a row has no value."""
+        joined: dict[str, Tensor] = {}
+        for name, pieces in self._pieces.items():
+            rows = torch.cat([piece[0] for piece in pieces]).cpu()
+            values = torch.cat([piece[1] for piece in pieces]).cpu()
+            empty = torch.nan if values.is_floating_point() else 0
+            joined[name] = torch.full((n_rows, *values.shape[1:]), empty, dtype=values.dtype)
+            joined[name][rows] = values
+        return joined

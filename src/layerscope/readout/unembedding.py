@@ -54,20 +54,21 @@ class Unembedding:
         return self.weight.shape[1]
 
     def transform(
-        self, product: Float[Tensor, "row token"], *, first: int = 0
-    ) -> Float[Tensor, "row token"]:
+        self, product: Float[Tensor, "*row vocab"], *, unit: float = 1.0
+    ) -> Float[Tensor, "*row vocab"]:
         """Turn bare products ``hidden @ weight.T`` into logits, in place, and return them.
 
         Args:
-            product: float32 products for the tokens ``first .. first + token``.
-            first: id of the first token of this slice of the vocabulary.
+            product: float32 products for the whole vocabulary, times `unit`.
+            unit: the logits come out times `unit` as well (log2 e for logits in bits).
         """
         if self.bias is not None:
-            product.add_(self.bias[first : first + product.shape[-1]].float())
+            product.add_(self.bias.detach().float(), alpha=unit)
         if self.scale != 1.0:
             product.mul_(self.scale)
         if self.softcap is not None:
-            product.div_(self.softcap).tanh_().mul_(self.softcap)
+            cap = self.softcap * unit
+            product.div_(cap).tanh_().mul_(cap)
         return product
 
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:

@@ -1,0 +1,150 @@
+"""From raw sums to statistics: the last few operations per row, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerscope.readout import ranking
+from layerscope.readout.job import Job
+from layerscope.readout.result import Divergences, Readout
+
+NATS = math.log(2.0)  # nats per bit
+
+Raw = dict[str, Tensor]
+
+
+def finish(raw: Raw, job: Job) -> Readout:
+    """Build the Readout from the raw sums of all rows (logits in bits).
+
+    Args:
+        raw: CPU tensors in the caller's order: sums as `passes` and `part` name them.
+        job: the call.
+    """
+    request = job.request
+    logsumexp = _logsumexp(raw, "")
+    entropy = logsumexp - raw["mean"].double() / raw["total"].double()
+    values: dict[str, Any] = {"logsumexp": logsumexp * NATS}
+    if request.entropy:
+        values["entropy_bits"] = entropy.clamp_min(0.0)
+    if request.extremes:
+        largest, least = raw["largest"].double(), raw["least"].double()
+        values["max_abs_logit"] = torch.maximum(largest.abs(), least.abs()) * NATS
+        values["min_log2p"] = least - logsumexp
+    values.update(_top(raw, logsumexp, job))
+    values.update(_tokens(raw, logsumexp, job))
+    values.update(_sets(raw, logsumexp, job))
+    broken = raw["broken"] | ~(logsumexp.isfinite() & entropy.isfinite())
+    values = {name: _blank(name, value, broken) for name, value in values.items()}
+    for group in ("reference", "against"):
+        if f"{group}.total" in raw:
+            theirs = _logsumexp(raw, f"{group}.")
+            their_entropy = theirs - raw[f"{group}.mean"].double() / raw[f"{group}.total"].double()
+            if group == "reference" and request.entropy:
+                values["reference_entropy_bits"] = _float(their_entropy.clamp_min(0.0))
+            values[group] = _divergences(
+                raw, group, job, (logsumexp, entropy), (theirs, their_entropy)
+            )
+    return Readout(nonfinite=broken, **values)
+
+
+def _logsumexp(raw: Raw, prefix: str) -> Tensor:
+    """Return log-sum-exp in bits, float64."""
+    return raw[f"{prefix}shift"].double() + raw[f"{prefix}total"].double().log2()
+
+
+def _float(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
+def _blank(name: str, value: Tensor, broken: Tensor) -> Tensor:
+    """Blank the statistics of broken rows."""
+    blank = torch.nan if value.is_floating_point() else (0 if name == "token_rank" else -1)
+    return _float(value).masked_fill(broken.view(-1, *[1] * (value.ndim - 1)), blank)
+
+
+def _top(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
+    if "top_z" not in raw:
+        return {}
+    request, z, ids = job.request, raw["top_z"].double(), raw["top_ids"]
+    values: dict[str, Tensor] = {}
+    if request.top_k:
+        values["top_ids"] = ids[:, : request.top_k]
+        values["top_logits"] = z[:, : request.top_k] * NATS
+        values["top_log2p"] = z[:, : request.top_k] - logsumexp[:, None]
+    if request.gap and z.shape[1] > 1:
+        values["top1_top2_gap"] = (z[:, 0] - z[:, 1]) * NATS
+    if request.overlap_k:
+        values["overlap_ids"] = ids[:, : request.overlap_k]
+    return values
+
+
+def _tokens(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
+    if job.tokens is None:
+        return {}
+    absent = job.tokens.cpu() < 0
+    z = raw["token_z"].double()
+    return {
+        "token_logit": (z * NATS).masked_fill(absent, torch.nan),
+        "token_log2p": (z - logsumexp[:, None]).masked_fill(absent, torch.nan),
+        "token_rank": (raw["token_above"] + 1).masked_fill(absent, 0),
+        "cos_to_token": raw["cos_to_token"].masked_fill(absent, torch.nan),
+    }
+
+
+def _sets(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
+    if job.sets is None:
+        return {}
+    which = job.sets.index.cpu()
+    ids = job.sets.ids.cpu()[which.clamp_min(0)]  # [row, n_sets, longest]
+    no_set = which < 0
+    absent = (ids < 0) | no_set[..., None]
+    p = torch.exp2(raw["set_z"].double() - logsumexp[:, None, None]).masked_fill_(absent, 0.0)
+    cosine = raw["set_cos"].masked_fill(absent, -torch.inf).amax(-1)
+    values = {
+        "set_mass": p.sum(-1).masked_fill(no_set, torch.nan),
+        "cos_to_set_max": cosine.masked_fill(absent.all(-1), torch.nan),
+    }
+    if "set_listed" in raw:
+        values["set_topk_mass"] = (p * raw["set_listed"]).sum(-1).masked_fill(no_set, torch.nan)
+    return values
+
+
+def _divergences(
+    raw: Raw,
+    group: str,
+    job: Job,
+    mine: tuple[Tensor, Tensor],
+    theirs: tuple[Tensor, Tensor],
+) -> Divergences:
+    """Compare rows with their partners: `mine` and `theirs` are (log-sum-exp, entropy) in bits."""
+    request = job.request
+    gap = mine[0] - theirs[0]
+    same = raw.get(f"{group}.same")
+    values: dict[str, Tensor] = {}
+    if request.kl_to_reference:
+        values["kl_to_bits"] = raw[f"{group}.p_difference"] / raw["total"].double() - gap
+    if request.kl_from_reference:
+        values["kl_from_bits"] = gap - raw[f"{group}.q_difference"].double()
+    if request.js:
+        # With m = p + q, twice the mixture: H(m / 2) = 1 - sum(m log2 m) / 2.
+        mixed = 1.0 - 0.5 * raw[f"{group}.mixture"].double()
+        values["js_bits"] = (mixed - 0.5 * (mine[1] + theirs[1])).clamp_max(1.0)
+    if request.l1:
+        # |p - q| = m + 2 q - 2 min(m, 2 q), and m and 2 q each sum to 2.
+        values["l1"] = (4.0 - 2.0 * raw[f"{group}.overlap"].double()).clamp_max(2.0)
+    for name, value in values.items():
+        kept = value if same is None else value.masked_fill(same, 0.0)
+        values[name] = _float(kept.clamp_min(0.0))
+    if f"{group}.dot" in raw:
+        norms = (raw["square"].double() * raw[f"{group}.square"].double()).sqrt()
+        values["cosine"] = _float((raw[f"{group}.dot"].double() / norms).clamp(-1.0, 1.0))
+    if f"{group}.top_ids" in raw:
+        k = request.overlap_k
+        values["jaccard"] = _float(
+            ranking.jaccard(raw["top_ids"][:, :k], raw[f"{group}.top_ids"][:, :k])
+        )
+    return Divergences(**values)
