@@ -10,7 +10,6 @@ from typing import Any
 
 import polars as pl
 import pytest
-from support.tables import synthetic_table
 
 from layerscope import files
 from layerscope.errors import OutputError
@@ -19,6 +18,7 @@ from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable
 from layerscope.reports.files import write_failure, write_run_files
 from layerscope.reports.files.dialect import Contract, write_csv
+from support.tables import synthetic_table
 
 Row = dict[str, str]
 PROVENANCE: dict[str, Any] = {

@@ -6,19 +6,19 @@ import csv
 from pathlib import Path
 
 import pytest
-from support.shared import shared_path
 
 from layerscope.measures.published import read_published
 from layerscope.measures.summary import summarise
 from layerscope.reports.files import write_run_files
 from layerscope.reports.files.dialect import Contract
+from support.shared import shared_path
 
 pytestmark = pytest.mark.golden
 
 MODELS = ("Meta-Llama-3-8B", "gemma-2-9b")
 PURE, RAW = "pure-next-token.csv", "pure-next-token-rawlens.csv"
 WINDOW = "pure-next-token-rawlens-window.csv"
-# The publisher overwrote these columns with values of later facts; its raw-lens file has the right ones.
+# Overwritten with values of later facts; the published raw-lens file has the right ones.
 OVERWRITTEN = ("topk_jaccard_raw_norm@50", "topk_jaccard_consecutive@50")
 # Published with 1e-30 inside the logarithm here, and without it in the main file.
 OTHER_FORMULA = {"entropy_bits_norm": 1e-4, "entropy_gap_bits": 1e-4}
