@@ -21,15 +21,10 @@ COMMANDS = ("demo", "layers", "check", "measures", "runs")
 
 HELP = """Look inside language models, and know whether to believe what you see.
 
-\b
-  layerscope demo                      the main job on the embedded model, in seconds
-  layerscope layers MODEL              read every layer of a causal language model
-  layerscope check MODEL               prove that layerscope understands a model
-  layerscope measures TABLE            recompute every milestone from a table
-  layerscope runs list                 what was run, and what came out
+MODEL is a Hugging Face id or a local folder. `layerscope COMMAND --help` is the manual of a command.
 
-MODEL is a Hugging Face id or a local folder. Exit codes: 0 done, 2 a mistake one can repair
-(one line says how), 130 interrupted (finished work is kept; run the same command to go on).
+Exit codes: 0 done; 2 a mistake that can be repaired, one line says how; 130 interrupted: finished
+work is kept, the same command goes on.
 """
 
 
@@ -48,7 +43,7 @@ def build() -> typer.Typer:
         help=HELP,
         no_args_is_help=True,
         add_completion=False,
-        rich_markup_mode="rich",
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def check(  # pyright: ignore[reportUnusedFunction]
         models: Annotated[
-            list[str], typer.Argument(metavar="MODEL...", help="Hugging Face ids or local folders.")
+            list[str], typer.Argument(metavar="MODEL", help="Hugging Face ids or local folders.")
         ],
         device: DeviceOption = None,
         dtype: DtypeOption = None,

@@ -26,18 +26,20 @@ Every prompt goes through the model once; each layer is decoded through the lens
 position. Without --prompts the built-in suite runs: five capitals, each with and without a filler
 word, and a control prompt.
 
-\b
-A prompt file is CSV (or YAML, a list of mappings) with the columns
-  key      a unique name                    prompt   the text before the answer
-  answer   what should follow               foil     a wrong answer of the same kind (optional)
-  control  the same question about something else, whose right answer is the foil (optional)
-  ablated  the prompt without a word that should not matter (optional)
+A prompt file is CSV, or YAML with a list of mappings. Its columns:
 
-\b
-Results land in OUT/run-latest (an earlier one is renamed, never overwritten):
-  report.html                  open it in a browser; it needs no network
-  output-MODEL-layers.parquet  the typed table; `layerscope measures` recomputes everything from it
-  output-MODEL.json, *.csv     summary and tables
+- `key`: a unique name
+- `prompt`: the text before the answer
+- `answer`: what should follow
+- `foil` (optional): a wrong answer of the same kind
+- `control` (optional): the same question about something else, whose right answer is the foil
+- `ablated` (optional): the prompt without a word that should not matter
+
+Results land in OUT/run-latest; an earlier one is renamed, never overwritten:
+
+- `report.html`: open it in a browser; it needs no network
+- `output-MODEL-layers.parquet`: the typed table, from which `layerscope measures` recomputes all
+- `output-MODEL.json` and CSV files: summary and tables
 
 A run that was interrupted or killed goes on when the same command is given again.
 """
@@ -50,7 +52,7 @@ def register(app: typer.Typer) -> None:
 
 def layers(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Hugging Face ids or local folders.")
+        list[str], typer.Argument(metavar="MODEL", help="Hugging Face ids or local folders.")
     ],
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="CSV or YAML file. Default: built-in suite.")

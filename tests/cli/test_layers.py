@@ -1,0 +1,152 @@
+"""`layerscope layers` as a user runs it, on tiny random models in folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerscope.cli.app import run
+from layerscope.measures.table import LayersTable
+from layerscope.store import Store
+from support.tiny_models import tiny, tiny_tokenizer
+
+PROMPTS = "key,prompt,answer\na,One and two and,three\nb,Red and,blue\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.csv"
+    path.write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+def layers(*words: object) -> int:
+    return run(["layers", *(str(word) for word in words)])
+
+
+def test_run_writes_files_store_page_and_json(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert layers(folder, "--prompts", prompts, "--out", out, "--json") == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert answer["status"] == "finished"
+    for name in ("L_copy", "L_semantic", "first_kl_below_0.5", "first_rank_le_5"):
+        assert name in answer
+    latest = out / "run-latest"
+    assert (latest / "report.html").stat().st_size > 100_000
+    table = LayersTable.read_parquet(latest / "output-tiny-llama-layers.parquet")
+    assert table.rows["prompt_index"].n_unique() == 2
+    assert json.loads((latest / "output-tiny-llama.json").read_text())["schema_version"]
+    with Store.open(out / "layerscope.db") as store:
+        (info,) = store.runs()
+        assert info.status == "finished"
+    for path in answer["models"][0]["files"]:
+        assert Path(path).exists()
+
+
+def test_terminal_summary_is_plain_text_in_a_pipe(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert layers(folder, "--prompts", prompts, "--out", tmp_path / "out", "--no-html") == 0
+    captured = capsys.readouterr()
+    assert "\x1b[" not in captured.out
+    assert "run-latest" in captured.out
+    assert captured.err == ""
+    assert not (tmp_path / "out" / "run-latest" / "report.html").exists()
+
+
+def test_second_run_keeps_the_first(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert layers(folder, "--prompts", prompts, "--out", out, "--no-html") == 0
+    kept = sorted(path.name for path in out.glob("run-*"))
+    assert len(kept) == 2 and "run-latest" in kept
+    tables = [path.read_bytes() for path in out.glob("run-*/output-tiny-llama-layers.parquet")]
+    assert tables[0] == tables[1]
+
+
+def test_failure_of_one_model_is_a_status(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, broken = tmp_path / "out", tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    words = ("--prompts", prompts, "--out", out, "--no-html", "--json")
+    assert layers(broken, folder, *words) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert [entry["status"] for entry in answer["models"]] == ["failed", "finished"]
+    record = json.loads((out / "run-latest" / "output-broken.json").read_text())
+    assert record["status"] == "failed" and record["error"]
+    assert (out / "run-latest" / "output-tiny-llama.json").exists()
+
+
+def test_interruption_keeps_finished_work_and_goes_on(
+    folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerscope.cli import sweep
+
+    out = tmp_path / "out"
+    words = (folder, "--prompts", prompts, "--out", out, "--no-html")
+    real = sweep.write_run_files
+
+    def interrupted(*_: object) -> list[Path]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "write_run_files", interrupted)
+    assert layers(*words) == 130
+    monkeypatch.setattr(sweep, "write_run_files", real)
+    assert layers(*words) == 0
+    assert [path.name for path in out.glob("run-*")] == ["run-latest"]
+    with Store.open(out / "layerscope.db") as store:
+        (info,) = store.runs()
+        assert info.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["{tmp}/nothing-here"], "nothing-here"),
+        (["{model}", "--lens", "nrom"], "did you mean 'norm'"),
+        (["{model}", "--norm", "fin"], "use final or next_norm"),
+        (["{model}", "--prompts", "{tmp}/none.csv"], "does not exist"),
+        (["{model}", "--dtype", "float33"], "float32"),
+        (["{model}", "--products", "fast"], "use default or checked"),
+        (["{model}", "{model}"], "named twice"),
+        (["{model}", "--lenz", "raw"], "No such option"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    out = tmp_path / "out"
+    filled = [word.format(model=folder, tmp=tmp_path) for word in words]
+    assert layers(*filled, "--out", out) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert not list(out.glob("run-*"))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--debug", "layers", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "Traceback" in capsys.readouterr().err
