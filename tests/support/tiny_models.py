@@ -34,6 +34,8 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_MHA = {"num_key_value_heads": None}  # no grouped queries in these configurations
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -61,10 +63,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         "tie_word_embeddings": True,
     },
-    "gpt2": {"model_type": "gpt2", "n_inner": 48, "tie_word_embeddings": True},
-    "gpt2_untied": {"model_type": "gpt2", "n_inner": 48},
-    "gpt_neox": {"model_type": "gpt_neox", "use_parallel_residual": True, "rotary_pct": 0.5},
-    "gpt_neox_sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
+    "gpt2": {**_MHA, "model_type": "gpt2", "n_inner": 48, "tie_word_embeddings": True},
+    "gpt2_untied": {**_MHA, "model_type": "gpt2", "n_inner": 48},
+    "gpt_neox": {**_MHA, "model_type": "gpt_neox", "rotary_pct": 0.5},
+    "gpt_neox_sequential": {**_MHA, "model_type": "gpt_neox", "use_parallel_residual": False},
     "phi3": {"model_type": "phi3"},
     "olmo2": {"model_type": "olmo2"},
 }
@@ -87,7 +89,8 @@ UNLISTED: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the configuration of the tiny model of a family."""
     row = {**_BASE, **(FAMILIES.get(family) or UNLISTED[family]), **overrides}
-    return AutoConfig.for_model(row.pop("model_type"), **row)
+    given = {key: value for key, value in row.items() if value is not None}
+    return AutoConfig.for_model(given.pop("model_type"), **given)
 
 
 def tiny(

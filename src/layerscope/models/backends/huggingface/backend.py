@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from layerscope.models.backends.huggingface.hooks import (
     Point,
     Recorder,
     Resume,
+    Stop,
     installed,
     running,
     stopping_after,
@@ -180,15 +181,19 @@ class HuggingFaceBackend:
 
     @cached_property
     def _tuple_size(self) -> int:
-        """Length of the tuple that blocks return, 0 when they return a tensor (asked once)."""
+        """Length of the tuple that blocks return, 0 when they return a tensor.
+
+        Asked once, of one token and no further than the first block.
+        """
         sizes: list[int] = []
 
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
             sizes.append(len(output) if isinstance(output, tuple) else 0)
+            raise Stop
 
         handle = self.structure.blocks[0].whole.module.register_forward_hook(look)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), running(None), suppress(Stop):
                 self.structure.base(
                     input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device),
                     use_cache=False,

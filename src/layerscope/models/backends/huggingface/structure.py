@@ -180,16 +180,20 @@ def _guesses(model: PreTrainedModel) -> Iterator[Family]:
             f"{type(model).__name__} (model type '{config.model_type}') is not in the family table "
             "and its blocks have no attention, MLP and norms that layerscope recognises"
         )
+    embedding = model.get_input_embeddings()
     shared: dict[str, Any] = {
         "name": f"structure:{config.model_type}",
         "model_types": (config.model_type,),
-        "embedding": names[model.get_input_embeddings()],
+        "embedding": names[embedding],
         "blocks": path,
         "attention": attention,
         "mlp": mlp,
         "final_norm": names[finals[-1]],
         "head": names[model.get_output_embeddings()],
-        "embedding_scale": "embedding_multiplier",
+        # Embeddings that scale themselves do so by sqrt(d_model), like Gemma's.
+        "embedding_scale": (
+            "sqrt(d_model)" if hasattr(embedding, "embed_scale") else "embedding_multiplier"
+        ),
         "branch_scale": "residual_multiplier",
         "logit_scale": "logit_scale",
         "logit_divisor": "logits_scaling",
