@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -30,9 +31,11 @@ def milestone(flags: list[bool]) -> dict[str, Any]:
 def small_summary(table: LayersTable) -> dict[str, Any]:
     """Return passes with milestones, a guidance of two reasons, and the raw-lens block."""
     passes: list[dict[str, Any]] = []
+    last = table.rows.filter(pl.col("is_last")).sort("layer")
+    parts = last.partition_by("prompt_index", "lens", as_dict=True)
     for prompt in table.passes():
         for lens in table.lenses:
-            rows = table.last(lens=lens, prompt_index=prompt.prompt_index).sort("layer")
+            rows = parts[prompt.prompt_index, lens]
             flags = {
                 name: [bool(test(row)) for row in rows.iter_rows(named=True)]
                 for name, test in CONDITIONS.items()
@@ -95,7 +98,6 @@ def small_summary(table: LayersTable) -> dict[str, Any]:
 
 def with_tokens(table: LayersTable, tokens: list[str]) -> LayersTable:
     """Return the table with every prompt token, top token and text replaced by the given ones."""
-    from dataclasses import replace
 
     def swap(values: list[str]) -> list[str]:
         return [tokens[i % len(tokens)] for i in range(len(values))]
@@ -121,3 +123,19 @@ def with_tokens(table: LayersTable, tokens: list[str]) -> LayersTable:
         for prompt in table.meta.prompts
     )
     return LayersTable(rows=rows, meta=replace(table.meta, model=tokens[0], prompts=prompts))
+
+
+def many_passes(table: LayersTable, count: int) -> LayersTable:
+    """Return a table of ``count`` facts: the first pass repeated under new numbers and names."""
+    first = table.meta.prompts[0]
+    rows = table.rows.filter(pl.col("prompt_index") == first.prompt_index)
+    frames = [
+        rows.with_columns(
+            pl.lit(i, pl.Int32()).alias("prompt_index"), pl.lit(f"fact {i}").alias("fact_key")
+        )
+        for i in range(count)
+    ]
+    prompts = tuple(
+        replace(first, prompt_index=i, fact_key=f"fact {i}", fact_index=i) for i in range(count)
+    )
+    return LayersTable(rows=pl.concat(frames), meta=replace(table.meta, prompts=prompts))

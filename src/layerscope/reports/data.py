@@ -16,7 +16,8 @@ from layerscope.reports.strings import StringTable
 from layerscope.reports.text import rounded, visible
 from layerscope.reports.verdict import milestones_of, pass_entry
 
-TOP_K_CHOICES = (10, 5, 3)  # tokens per grid cell, as many as the budget allows
+TOP_K_CHOICES = (10, 5, 3, 1)  # tokens per grid cell, as many as the budget allows
+CURVES_SHARE = 0.8  # of the budget; what the curves leave goes to the grids
 Frames = dict[tuple[int, str], pl.DataFrame]
 
 
@@ -41,9 +42,10 @@ def model_data(table: LayersTable, summary: Mapping[str, Any], *, budget_bytes: 
     passes: list[dict[str, Any]] = []
     used = 0
     for prompt in prompts:
+        before = strings.bytes
         entry = _pass(table, prompt, frames, summary, strings)
-        size = len(json.dumps(entry, ensure_ascii=False).encode())
-        if passes and used + size > 0.8 * budget_bytes:
+        size = _json_bytes(entry) + strings.bytes - before
+        if passes and used + size > CURVES_SHARE * budget_bytes:
             omitted.append(
                 f"This page shows the first {len(passes)} of {len(prompts)} prompts to stay small; "
                 "the table holds all of them."
@@ -64,6 +66,11 @@ def model_data(table: LayersTable, summary: Mapping[str, Any], *, budget_bytes: 
         "strings": strings.texts,
     }
     return ModelData(payload=payload, omitted=tuple(omitted))
+
+
+def _json_bytes(value: Any) -> int:
+    """Return the size in the data block, as near as needed (escapes of ``<`` are not counted)."""
+    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
 
 
 def _frames(table: LayersTable) -> Frames:
@@ -92,18 +99,18 @@ def family(prompt: PromptInfo, prompts: Sequence[PromptInfo]) -> dict[str, int]:
 
     A control without a fact of its own serves every fact; that control's family is the first fact.
     """
-    found: dict[str, int] = {}
     own = kind(prompt)
     key = prompt.fact_key
     if own == "control" and key is None:
         key = next((other.fact_key for other in prompts if kind(other) == "fact"), None)
-    for other in prompts:
-        other_kind = kind(other)
-        shared = other_kind == "control" and other.fact_key is None
-        if other_kind != own and (shared or (key is not None and other.fact_key == key)):
-            known = found.get(other_kind)
-            if known is None or other.fact_key == key:
-                found.setdefault(other_kind, other.prompt_index)
+    others = [other for other in prompts if kind(other) != own]
+    found: dict[str, int] = {}
+    for other in others:
+        if key is not None and other.fact_key == key:
+            found.setdefault(kind(other), other.prompt_index)
+    for other in others:
+        if kind(other) == "control" and other.fact_key is None:
+            found.setdefault("control", other.prompt_index)
     return found
 
 
@@ -135,12 +142,12 @@ def _pass(
         "index": index,
         "title": title(prompt),
         "kind": own,
-        "text": visible(prompt.text, keep_spaces=True),
+        "text": visible(prompt.text, keep_spaces=True) if prompt.text else "",
         "tokens": strings.add_all(prompt.tokens),
         "answer": strings.add(prompt.answer_pieces[0] if prompt.answer_pieces else prompt.answer),
         "answer_note": _answer_note(prompt),
         "head": _head(prompt, strings),
-        "last_rows": [_last_row(prompt, lens) for lens in lenses],
+        "last_rows": [_last_row(prompt, lens, summary) for lens in lenses],
         "beside": beside,
         "lenses": lenses,
         "absent": {
@@ -202,7 +209,8 @@ def _head(prompt: PromptInfo, strings: StringTable) -> dict[str, Any] | None:
     }
 
 
-def _last_row(prompt: PromptInfo, lens: str) -> dict[str, Any]:
+def _last_row(prompt: PromptInfo, lens: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the last row compares with the model's head: as recorded, else as measured."""
     for row in prompt.last_rows:
         if row.lens == lens:
             return {
@@ -211,6 +219,15 @@ def _last_row(prompt: PromptInfo, lens: str) -> dict[str, Any]:
                 "top1_agree": row.top1_agree,
                 "kl_after_temp": rounded(row.kl_after_temp_bits),
                 "temp": rounded(row.temp_est),
+            }
+    for entry in summary.get("last_layer_consistency") or ():
+        if entry.get("prompt_index") == prompt.prompt_index and entry.get("lens") == lens:
+            return {
+                "lens": lens,
+                "kl": rounded(entry.get("kl_to_final_bits")),
+                "top1_agree": entry.get("top1_agree"),
+                "kl_after_temp": rounded(entry.get("kl_after_temp_bits")),
+                "temp": rounded(entry.get("temp_est")),
             }
     return {"lens": lens, "kl": None}
 
@@ -235,20 +252,20 @@ def _add_grids(
     ]
     sizes = [sum(grid_size(frame) for _, frame in entry) for entry in wanted]
     total = sum(sizes)
-    top_k = next((k for k in TOP_K_CHOICES if grid_bytes(total, k) <= budget_bytes), 0)
-    fits_all = top_k > 0
-    top_k = top_k or TOP_K_CHOICES[-1]
+    top_k = next((k for k in TOP_K_CHOICES if grid_bytes(total, k) <= budget_bytes), 1)
     room = budget_bytes
-    for number, (entry, parts) in enumerate(zip(passes, wanted, strict=True)):
-        room -= grid_bytes(sizes[number], top_k)
-        if room < 0 and not fits_all:
+    for position, (entry, parts) in enumerate(zip(passes, wanted, strict=True)):
+        before = strings.bytes
+        grids = {lens: grid_payload(frame, strings, top_k=top_k) for lens, frame in parts}
+        room -= _json_bytes(grids) + strings.bytes - before
+        if room < 0:
             note = (
-                f"The grid is drawn for the first {number} of {len(passes)} prompts to keep this "
+                f"The grid is drawn for the first {position} of {len(passes)} prompts to keep this "
                 "page small; the table holds every position."
             )
-            for later in passes[number:]:
+            for later in passes[position:]:
                 later["absent"]["grid"] = note
             return [note]
-        for lens, frame in parts:
-            entry["lenses"][lens]["grid"] = grid_payload(frame, strings, top_k=top_k)
+        for lens, grid in grids.items():
+            entry["lenses"][lens]["grid"] = grid
     return []

@@ -11,8 +11,9 @@ from layerscope.reports.strings import StringTable
 from layerscope.reports.text import rounded
 
 MAX_POSITIONS = 64  # the last ones; a longer prompt would make neither a readable nor a small grid
-CELL_BYTES = 26  # measured: entropy, KL and rank of one cell, without its tokens
-TOKEN_BYTES = 11  # measured: one token number with its probability
+DIGITS = 3  # significant ones, as many as the hover text shows
+CELL_BYTES = 16  # measured: entropy, KL and rank of one cell, without its tokens
+TOKEN_BYTES = 14  # measured: one token number with its probability, and its share of new texts
 
 
 def grid_size(rows: pl.DataFrame) -> int:
@@ -38,7 +39,8 @@ def grid_payload(rows: pl.DataFrame, strings: StringTable, *, top_k: int) -> dic
     positions = positions[hidden:]
     layers: list[int] = rows["layer"].unique().sort().to_list()
     cells = {(row["layer"], row["pos"]): row for row in rows.iter_rows(named=True)}
-    width = min(top_k, max((len(row["top_ids"] or ()) for row in cells.values()), default=0))
+    known = (len(row.get("top_tokens") or ()) for row in cells.values())
+    width = min(top_k, max(known, default=0))
     payload: dict[str, Any] = {"pos": positions, "layers": layers, "k": width, "hidden": hidden}
     for name in ("t", "p", "h", "d", "r"):
         payload[name] = []
@@ -52,9 +54,9 @@ def _add_cell(
     payload: dict[str, Any], row: Mapping[str, Any], strings: StringTable, width: int
 ) -> None:
     tokens = strings.add_all((row.get("top_tokens") or ())[:width])
-    probs = [rounded(value, 4) for value in (row.get("top_probs") or ())[:width]]
+    probs = [rounded(value, DIGITS) for value in (row.get("top_probs") or ())[:width]]
     payload["t"].extend(tokens + [-1] * (width - len(tokens)))
     payload["p"].extend(probs + [None] * (width - len(probs)))
-    payload["h"].append(rounded(row.get("entropy_bits")))
-    payload["d"].append(rounded(row.get("kl_to_final_bits")))
+    payload["h"].append(rounded(row.get("entropy_bits"), DIGITS))
+    payload["d"].append(rounded(row.get("kl_to_final_bits"), DIGITS))
     payload["r"].append(row.get("final_top1_rank"))

@@ -19,7 +19,9 @@ from layerscope.reports.sections import ModelSections, model_sections
 from layerscope.reports.text import MARKER_LEGEND, json_block, number
 
 Report = tuple[LayersTable, Mapping[str, Any], Mapping[str, Any]]
-DATA_BUDGET_BYTES = 1_500_000  # of the data blocks of a page together; the page promises 2 MB
+PAGE_BYTES = 1_900_000  # of everything but plotly.js; the page promises to stay under 2 MB
+MIN_DATA_BYTES = 200_000  # even when provenance and facts fill the page
+SHOWN_REASONS = 3  # more than these are folded, so that the figures stay in reach
 _STYLES = ("layers.css",)
 _SCRIPTS = ("layers.text.js", "layers.grid.js", "layers.curves.js", "layers.main.js")
 
@@ -32,26 +34,33 @@ def layers_page(reports: Report | Sequence[Report]) -> str:
     entries = _as_list(reports)
     if not entries:
         raise OutputError("there is nothing to report: pass at least one table with its summary")
+    # What is written once is measured first; the data gets what remains of the promised size.
+    fixed = len(_render([model_sections(*entry) for entry in entries], [], plotly="").encode())
+    budget = max(MIN_DATA_BYTES, PAGE_BYTES - fixed) // len(entries)
     sections: list[ModelSections] = []
     payloads: list[dict[str, Any]] = []
     for table, summary, provenance in entries:
-        data = model_data(table, summary, budget_bytes=DATA_BUDGET_BYTES // len(entries))
+        data = model_data(table, summary, budget_bytes=budget)
         payloads.append(data.payload)
         sections.append(model_sections(table, summary, provenance, omitted=data.omitted))
+    return _render(sections, payloads, plotly=_plotly())
+
+
+def _render(
+    sections: Sequence[ModelSections], payloads: Sequence[dict[str, Any]], *, plotly: str
+) -> str:
     labels = {entry.name: [entry.label, entry.meaning] for entry in MILESTONES}
-    return (
-        _environment()
-        .get_template("layers.html.j2")
-        .render(
-            models=sections,
-            data=Markup(json_block({"models": payloads, "milestones": labels})),
-            plotly=Markup(_plotly()),
-            styles=Markup("\n".join(_asset(name) for name in _STYLES)),
-            scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
-            terms=TERMS,
-            milestones=MILESTONES,
-            markers=MARKER_LEGEND,
-        )
+    template = _environment().get_template("layers.html.j2")
+    return template.render(
+        models=sections,
+        data=Markup(json_block({"models": payloads, "milestones": labels})),
+        plotly=Markup(plotly),
+        styles=Markup("\n".join(_asset(name) for name in _STYLES)),
+        scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
+        shown_reasons=SHOWN_REASONS,
+        terms=TERMS,
+        milestones=MILESTONES,
+        markers=MARKER_LEGEND,
     )
 
 

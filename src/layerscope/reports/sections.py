@@ -38,6 +38,7 @@ class FactRow:
     p_answer: str
     rank: str
     cells: tuple[tuple[str, str], ...]
+    wording: str  # how far the onset moves without the filler, in layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ModelSections:
     raw_summary: tuple[str, ...]
     columns: tuple[tuple[str, str], ...]
     facts: tuple[FactRow, ...]
-    aggregates: tuple[tuple[str, str], ...]
+    facts_notes: tuple[str, ...]
     facts_absent: str | None
     primary_lens: str
     provenance: str | None
@@ -84,7 +85,7 @@ def model_sections(
         raw_summary=_raw_summary(summary, prompt),
         columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
         facts=facts,
-        aggregates=_aggregates(summary),
+        facts_notes=_facts_notes(summary),
         facts_absent=None if facts else "No fact was measured, so there are no milestones to list.",
         primary_lens=primary_lens(summary),
         provenance=_provenance(table, provenance),
@@ -152,7 +153,8 @@ def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple
     count = full.get("n_norm_only_semantics_layers")
     if count is not None:
         lines.append(
-            f"In {number(count)} layer(s) only the norm lens puts the answer on top."
+            f"In {number(count)} layer{'s' if count > 1 else ''} only the norm lens puts the "
+            "answer on top."
             if count
             else "In no layer is the answer on top under the norm lens alone."
         )
@@ -172,6 +174,7 @@ def _of_fact(block: Any, prompt: PromptInfo | None) -> Mapping[str, Any]:
 def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...]:
     rows: list[FactRow] = []
     lens = primary_lens(summary)
+    ablations: Mapping[Any, Any] = summary.get("ablation_summary") or {}
     for prompt in table.passes():
         entry = pass_entry(summary, prompt.prompt_index, lens)
         if kind(prompt) != "fact" or entry is None:
@@ -189,9 +192,14 @@ def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...
                 cells=tuple(
                     milestone_cell(found.get(name), lasts=lasts(name)) for name in TABULATED
                 ),
+                wording=_signed((ablations.get(prompt.fact_key) or {}).get("delta_L_sem")),
             )
         )
     return tuple(rows)
+
+
+def _signed(value: int | None) -> str:
+    return "–" if value is None else f"{value:+d}" if value else "0"
 
 
 def milestone_cell(entry: Mapping[str, Any] | None, *, lasts: bool = True) -> tuple[str, str]:
@@ -209,16 +217,29 @@ def milestone_cell(entry: Mapping[str, Any] | None, *, lasts: bool = True) -> tu
     return f"{first} → {stable}", f"first at layer {first}, lost again, stable from layer {stable}"
 
 
-def _aggregates(summary: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _facts_notes(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say in sentences what the facts have in common, and what the control shows."""
+    notes: list[str] = []
     suite: Mapping[str, Any] = summary.get("micro_suite") or {}
-    aggregates: Mapping[str, Any] = suite.get("aggregates") or {}
-    pairs: list[tuple[str, str]] = []
-    for name, value in aggregates.items():
-        if isinstance(value, list | tuple):
-            value = " to ".join(number(entry) for entry in value)
-        if isinstance(value, str | int | float):
-            pairs.append((str(name), number(value)))
-    return tuple(pairs)
+    found: Mapping[str, Any] = suite.get("aggregates") or {}
+    median = found.get("L_semantic_norm_median")
+    if median is not None:
+        text = f"Median onset over {number(found.get('n'))} facts: layer {number(median)}"
+        low, high = found.get("L_semantic_norm_iqr") or (None, None)
+        if low is not None and high is not None:
+            text += f" (middle half: {number(low)} to {number(high)})"
+        notes.append(f"{text}; without an onset: {number(found.get('n_missing'))}.")
+    control: Mapping[str, Any] = summary.get("control_summary") or {}
+    if "control_margin_stable" in control:
+        layer = control["control_margin_stable"]
+        margin = number(control.get("control_margin_last_row"))
+        notes.append(
+            "Control: the right answer is never ahead of the foil for good."
+            if layer is None
+            else f"Control: the right answer is ahead of the foil for good from layer {layer} "
+            f"(by {margin} in probability at the last layer)."
+        )
+    return tuple(notes)
 
 
 def _provenance(table: LayersTable, provenance: Mapping[str, Any]) -> str | None:

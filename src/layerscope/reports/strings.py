@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from layerscope.reports.text import visible
@@ -13,6 +14,7 @@ class StringTable:
     def __init__(self) -> None:
         self._index: dict[str, int] = {}
         self.texts: list[str] = []
+        self.bytes = 0  # what the texts take in the data block, quotes and commas included
 
     def add(self, token: str | None) -> int:
         """Return the number of a token, -1 for null."""
@@ -21,7 +23,9 @@ class StringTable:
         found = self._index.get(token)
         if found is None:
             found = self._index[token] = len(self.texts)
-            self.texts.append(visible(token))
+            text = visible(token)
+            self.texts.append(text)
+            self.bytes += len(json.dumps(text, ensure_ascii=False).encode()) + 1
         return found
 
     def add_all(self, tokens: Iterable[str | None] | None) -> list[int]:

@@ -111,20 +111,21 @@ def _print_facts(summary: Mapping[str, Any], table: LayersTable | None, console:
     prompts = {prompt.prompt_index: prompt for prompt in table.passes()} if table else {}
     grid = _grid()
     _column(grid, "fact", width=32 if wide else 18)
-    _column(grid, "model says", width=14)
-    _column(grid, "rank", right=True)
+    if any(prompt.head and prompt.head.top_tokens for prompt in prompts.values()):
+        _column(grid, "model says", width=14)
+        _column(grid, "rank", right=True)
     for name in names:
         _column(grid, label(name), right=True)
     for entry in entries[:MAX_FACTS]:
         found = milestones_of(entry)
         head = prompts[entry["prompt_index"]].head if entry["prompt_index"] in prompts else None
         cells = [milestone_cell(found.get(name), lasts=lasts(name))[0] for name in names]
-        grid.add_row(
-            Text(visible(entry.get("fact_key"), keep_spaces=True)),
-            Text(visible(head.top_tokens[0]) if head and head.top_tokens else "–"),
-            Text(number(head.answer_rank) if head else "–"),
-            *(Text(cell) for cell in cells),
-        )
+        said: list[str] = []
+        if len(grid.columns) > len(cells) + 1:
+            said.append(visible(head.top_tokens[0]) if head and head.top_tokens else "–")
+            said.append(number(head.answer_rank) if head else "–")
+        name = visible(entry.get("fact_key"), keep_spaces=True)
+        grid.add_row(*(Text(cell) for cell in (name, *said, *cells)))
     note = f"{lens} lens: first layer, → stable from, ✕ not at the last layer"
     _heading(console, "Facts", note)
     console.print(grid)
@@ -169,7 +170,8 @@ def _print_layers(
         grid.add_row(*cells)
     note = "last position; p of the top-1, entropy H and KL to final in bits"
     _heading(console, "Layer by layer", note)
-    console.print(Text(f"“{visible(prompt.text, keep_spaces=True)}”"))
+    if prompt.text:
+        console.print(Text(f"“{visible(prompt.text, keep_spaces=True)}”"))
     console.print(grid)
     if not wide and marked:
         text = "; ".join(f"{layer}: {', '.join(names)}" for layer, names in sorted(marked.items()))
@@ -211,7 +213,7 @@ def _layer_cells(row: Mapping[str, Any] | None, prompt: PromptInfo) -> list[Text
 def _probability(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.2f}" if value >= 0.005 else "<.01"
+    return f"{value:.2f}" if value >= 0.005 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _fixed(value: float | None) -> str:

@@ -156,7 +156,7 @@ def _written(value: Any) -> str:
 def advice(summary: Mapping[str, Any]) -> list[str]:
     """Return what the guidance says about how to report the numbers, in plain words."""
     guidance: Mapping[str, Any] = summary.get("measurement_guidance") or {}
-    lines: list[str] = []
+    lines: list[str] = [str(guidance["notes"])] if guidance.get("notes") else []
     if guidance.get("prefer_ranks"):
         lines.append("Report ranks and thresholds.")
     if guidance.get("suppress_abs_probs"):

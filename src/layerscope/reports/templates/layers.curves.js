@@ -20,23 +20,43 @@ LS.panels = [
 LS.columnTitles = { fact: "original wording", ablation: "without filler", control: "control" };
 
 LS.LABEL_FONT = 11;
-LS.LABEL_LINE = 14;
+LS.LABEL_LINE = 15;
+LS.LABEL_CHAR = 6.3;
 
-// Give every milestone label a lane so that no two overlap: greedy, left to right.
+// One label per layer that holds milestones, each in a lane where it overlaps no other.
 LS.lanes = (marks, toPixel, width) => {
-  const ends = [];
-  return marks.map(([name, layer, stable]) => {
-    const label = LS.label(name);
-    const text = stable === layer ? label : label + (stable === null ? " ✕" : " →" + stable);
-    const size = 6.3 * text.length + 12;
-    const x = toPixel(layer);
-    const flip = x + size > width;
-    const start = flip ? x - size : x;
-    let lane = 0;
-    while (ends[lane] && ends[lane].some(([a, b]) => start < b && start + size > a)) lane += 1;
-    (ends[lane] = ends[lane] || []).push([start, start + size]);
-    return { text, layer, lane, flip };
-  });
+  const groups = new Map();
+  for (const [name, layer, stable] of marks) {
+    const text = LS.label(name) + (stable === layer ? "" : stable === null ? " ✕" : " →" + stable);
+    groups.set(layer, (groups.get(layer) || []).concat(text));
+  }
+  const taken = [];
+  const free = (lane, a, b) => !(taken[lane] || []).some(([c, d]) => a < d && b > c);
+  return [...groups.entries()]
+    .sort((a, b) => a[0] - b[0])
+    .map(([layer, names]) => {
+      const x = toPixel(layer);
+      const room = Math.max(x, width - x) - 14;
+      const lines = LS.wrapped(names, Math.floor(room / LS.LABEL_CHAR));
+      const size = LS.LABEL_CHAR * Math.max(...lines.map((line) => line.length)) + 14;
+      const flip = x + size > width && x > width - x;
+      const ends = flip ? [x - size, x + 4] : [x - 4, x + size];
+      const fits = (lane) => lines.every((_, i) => free(lane + i, ...ends));
+      let lane = 0;
+      while (!fits(lane)) lane += 1;
+      lines.forEach((_, i) => (taken[lane + i] = taken[lane + i] || []).push(ends));
+      return { layer, lines, lane, flip, shift: flip ? -4 : 4, height: lane + lines.length };
+    });
+};
+
+LS.wrapped = (names, room) => {
+  const lines = [""];
+  for (const name of names) {
+    const joined = lines[lines.length - 1] ? lines[lines.length - 1] + " · " + name : name;
+    if (joined.length > room && lines[lines.length - 1]) lines.push(name);
+    else lines[lines.length - 1] = joined;
+  }
+  return lines;
 };
 
 LS.baseLayout = () => ({
@@ -116,7 +136,7 @@ LS.drawCurves = (host, absent, model, pass, lens) => {
   const span = [-0.3, model.n_layers + 0.3];
   const toPixel = (layer) => ((layer - span[0]) / (span[1] - span[0])) * plotWidth;
   const labels = columns.map((column) => LS.lanes((column.lenses[lens] || { marks: [] }).marks, toPixel, plotWidth));
-  const lanes = Math.max(0, ...labels.flat().map((label) => label.lane + 1));
+  const lanes = Math.max(0, ...labels.flat().map((label) => label.height));
   const head = 44 + lanes * LS.LABEL_LINE;
   const panelHeight = 170;
   const inner = panels.length * panelHeight + (panels.length - 1) * 22;
@@ -163,17 +183,13 @@ LS.decorate = (layout, column, labels, domain, at) => {
   const axis = at.c === 0 ? "x" : "x" + (at.c + 1);
   for (const label of labels) {
     layout.annotations.push({
-      text: LS.escaped(label.text), xref: axis, yref: "paper", x: label.layer, y: 1, yanchor: "bottom",
-      xanchor: label.flip ? "right" : "left", xshift: label.flip ? -3 : 3, yshift: label.lane * LS.LABEL_LINE,
+      text: label.lines.map(LS.escaped).join("<br>"), xref: axis, yref: "paper", x: label.layer, y: 1, yanchor: "bottom",
+      xanchor: label.flip ? "right" : "left", align: label.flip ? "right" : "left", xshift: label.shift, yshift: label.lane * LS.LABEL_LINE,
       showarrow: false, font: { size: LS.LABEL_FONT, color: LS.css("--muted") },
     });
-  }
-  const reach = new Map();
-  for (const label of labels) reach.set(label.layer, Math.max(reach.get(label.layer) || 0, label.lane + 1));
-  for (const [layer, count] of reach) {
     layout.shapes.push({
-      type: "line", xref: axis, yref: "paper", x0: layer, x1: layer, y0: 0,
-      y1: 1 + (count * LS.LABEL_LINE) / at.inner, line: { color: LS.css("--muted"), width: 1, dash: "dot" }, opacity: 0.8, layer: "between",
+      type: "line", xref: axis, yref: "paper", x0: label.layer, x1: label.layer, y0: 0, layer: "between",
+      y1: 1 + (label.height * LS.LABEL_LINE) / at.inner, line: { color: LS.css("--muted"), width: 1, dash: "dot" }, opacity: 0.8,
     });
   }
 };
@@ -182,7 +198,7 @@ LS.curveLegend = (layout, model) => {
   const text = model.lenses
     .map((lens) => {
       const style = LS.lensStyle(model, lens);
-      const line = { solid: "━━", dash: "╍╍", dot: "┈┈", dashdot: "╌·" }[style.dash];
+      const line = { solid: "━━", dash: "╍╍", dot: "•••", dashdot: "━·" }[style.dash];
       return '<span style="color:' + LS.css(style.colour) + '">' + line + "</span> " + LS.escaped(lens) + " lens";
     })
     .join("   ");

@@ -67,7 +67,8 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
   const mode = LS.colourModes[colour];
   const columns = grid.pos.length;
   const top = grid.layers.length - 1;
-  const finals = grid.pos.map((_, column) => LS.finalToken(pass, grid, top, column));
+  const finals = grid.pos.map((_, column) => LS.finalToken(pass, entry, top, column));
+  const answers = LS.answerLayers(entry.curves);
   const byLayer = LS.marksByLayer(entry.marks);
   const table = LS.element("table");
   const layout = LS.element("colgroup");
@@ -80,29 +81,37 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
     const line = LS.element("tr");
     line.append(LS.rowHeader(grid.layers[row], model, byLayer.get(grid.layers[row]) || []));
     for (let column = 0; column < columns; column += 1) {
-      line.append(LS.gridCell(model, pass, grid, row, column, mode, finals[column]));
+      line.append(LS.gridCell(model, pass, grid, row, column, mode, finals[column], answers));
     }
     body.append(line);
   }
   table.append(layout, body, LS.gridFoot(model, pass, grid));
   table.style.minWidth = side + 60 * columns + "px";
+  table.style.maxWidth = side + 200 * columns + "px";
   host.append(table);
   host.scrollLeft = host.scrollWidth;
   LS.gridKeys(table, top + 1, columns);
   LS.gridLegend(legend, mode, model, grid);
 };
 
-LS.finalToken = (pass, grid, top, column) => {
-  const isLast = grid.pos[column] === pass.tokens.length - 1;
-  if (isLast && pass.head) return pass.head.tokens[0];
-  return grid.r[top * grid.pos.length + column] === 1 ? grid.t[(top * grid.pos.length + column) * grid.k] : null;
+// The model's own top-1 at a position: its head where that was recorded, else the last layer
+// of the norm lens, which is what the head reads.
+LS.finalToken = (pass, entry, top, column) => {
+  const grid = entry.grid;
+  if (grid.pos[column] === pass.tokens.length - 1 && pass.head) return pass.head.tokens[0];
+  const at = top * grid.pos.length + column;
+  if (grid.r[at] === 1) return grid.t[at * grid.k];
+  const norm = pass.lenses.norm && pass.lenses.norm.grid;
+  return grid.r[at] === null && norm && norm.k ? norm.t[at * norm.k] : null;
 };
 
-LS.gridCell = (model, pass, grid, row, column, mode, final) => {
+LS.answerLayers = (curves) => new Set(curves.layer.filter((_, i) => curves.rank && curves.rank[i] === 1));
+
+LS.gridCell = (model, pass, grid, row, column, mode, final, answers) => {
   const cell = row * grid.pos.length + column;
   const token = grid.t[cell * grid.k];
   const node = LS.element("td", "", token >= 0 ? model.strings[token] : "");
-  const isLast = grid.pos[column] === pass.tokens.length - 1;
+  const isLast = column === grid.pos.length - 1;
   const value = mode.value(grid, cell);
   if (value !== null && value !== undefined) {
     const rgb = LS.rgb(mode.position(value, model));
@@ -112,7 +121,7 @@ LS.gridCell = (model, pass, grid, row, column, mode, final) => {
   if (token >= 0 && (grid.r[cell] === 1 || token === final)) node.classList.add("final");
   if (isLast) {
     node.classList.add("last");
-    if (token >= 0 && token === pass.answer) node.classList.add("answer");
+    if (answers.has(grid.layers[row])) node.classList.add("answer");
   }
   node.tabIndex = row === grid.layers.length - 1 && column === grid.pos.length - 1 ? 0 : -1;
   const show = () => LS.showTip(node, LS.tipContent(model, pass, grid, row, column));
@@ -129,9 +138,9 @@ LS.gridFoot = (model, pass, grid) => {
   const hidden = grid.hidden ? "(" + grid.hidden + " earlier hidden) " : "";
   line.append(LS.element("th", "", hidden + "prompt token →"));
   for (const position of grid.pos) {
-    const isLast = position === pass.tokens.length - 1;
+    const isLast = position === grid.pos[grid.pos.length - 1];
     const text = model.strings[pass.tokens[position]];
-    const header = LS.element("th", isLast ? "last" : "", text === undefined ? "#" + position : text);
+    const header = LS.element("th", isLast ? "last" : "", text === undefined ? "position " + position : text);
     header.scope = "col";
     header.title = "position " + position + ": " + header.textContent;
     line.append(header);

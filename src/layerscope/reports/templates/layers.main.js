@@ -85,10 +85,10 @@ LS.Explorer = class {
 
   drawText() {
     const host = this.slot("text");
-    const text = LS.element("bdi", "", this.pass.text);
-    host.replaceChildren("“", text, "”");
+    host.replaceChildren();
+    if (this.pass.text) host.append("“", LS.element("bdi", "", this.pass.text), "”");
     if (this.pass.answer >= 0) {
-      host.append(" → ", LS.element("bdi", "answer", this.model.strings[this.pass.answer]));
+      host.append(this.pass.text ? " → " : "answer: ", LS.element("bdi", "answer", this.model.strings[this.pass.answer]));
     }
     if (this.pass.answer_note) host.append(LS.element("span", "note", " (" + this.pass.answer_note + ")"));
   }
@@ -109,12 +109,12 @@ LS.Explorer = class {
       host.textContent = "Whether the last layer equals the model's own output was not recorded for the " + this.lens + " lens.";
       return;
     }
-    const same = row.top1_agree ? "the same top prediction" : "a different top prediction";
-    const better = row.kl - row.kl_after_temp > 0.01
+    const same = row.top1_agree === null ? "" : row.top1_agree ? ", the same top prediction" : ", a different top prediction";
+    const better = row.kl_after_temp !== null && row.kl - row.kl_after_temp > 0.01
       ? " A temperature of " + LS.number(row.temp) + " would bring it to " + LS.number(row.kl_after_temp) + " bits."
       : "";
     host.textContent = "Last layer against the model's own output, " + this.lens + " lens: " + LS.number(row.kl) +
-      " bits apart, " + same + "." + better;
+      " bits apart" + same + "." + better;
   }
 
   drawHead() {

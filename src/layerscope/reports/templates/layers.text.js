@@ -26,7 +26,7 @@ LS.number = (value, digits = 3) => {
 LS.percent = (p) => {
   if (p === null || p === undefined) return "–";
   if (p === 0) return "0%";
-  if (p < 1e-4) return (100 * p).toExponential(1) + "%";
+  if (p < 1e-4) return p.toExponential(1);
   return (100 * p).toPrecision(p < 0.1 ? 2 : 3).replace(/\.0+$/, "") + "%";
 };
 
