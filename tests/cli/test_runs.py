@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,18 @@ import pytest
 
 from layerscope.cli.app import run
 from layerscope.measures.summary import summarise
+from layerscope.measures.table import LayersTable
 from layerscope.reports.files import write_run_files
 from layerscope.store import DEFAULT_STORE, Store, close_run_dir, open_run_dir
 from support.tables import synthetic_table
 
 ODD_NAME = "org/[bold]odd[/bold]"
+
+
+@cache
+def made(seed: int) -> tuple[LayersTable, dict[str, Any]]:
+    table = synthetic_table(seed=seed)
+    return table, summarise(table).to_dict()
 
 
 @pytest.fixture
@@ -24,8 +32,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     with Store.open(DEFAULT_STORE) as store:
         for seed in (0, 1):
             folder = open_run_dir(tmp_path / "out", key=str(seed))
-            table = synthetic_table(seed=seed)
-            summary = summarise(table).to_dict()
+            table, summary = made(seed)
             options: dict[str, Any] = {"config": {"seed": seed}, "prompts": [{"text": "x"}]}
             with store.start(**options, model={"name": ODD_NAME}, out_dir=folder.path) as handle:
                 for path in write_run_files(table, summary, {}, folder.path):

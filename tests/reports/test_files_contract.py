@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable
 from layerscope.reports.files import write_failure, write_run_files
 from layerscope.reports.files.dialect import Contract, write_csv
+from layerscope.reports.files.rows import raw_window
+from layerscope.reports.files.view import View, soft_copy
 from support.tables import synthetic_table
 
 Row = dict[str, str]
@@ -177,8 +180,6 @@ def test_the_window_is_that_of_the_summary(written: Path, table: LayersTable) ->
 
 
 def test_the_window_leaves_rows_out() -> None:
-    from layerscope.reports.files.rows import raw_window
-
     table = synthetic_table()
     layers: list[list[int]] = [[2], [], [0, 6], [], []]
     rows = raw_window(table, layers)
@@ -213,10 +214,6 @@ def test_rows_are_cited_right_when_the_baseline_is_not_first() -> None:
         rows=table.rows.with_columns(4 - pl.col("prompt_index")).sort("prompt_index", "layer"),
         meta=table.meta,
     )
-    from dataclasses import replace
-
-    from layerscope.reports.files.view import View
-
     prompts = tuple(replace(p, prompt_index=4 - p.prompt_index) for p in table.meta.prompts[::-1])
     moved = LayersTable(moved.rows, replace(table.meta, prompts=prompts))
     view = View(moved, summarise(moved).to_dict())
@@ -238,6 +235,22 @@ def test_the_audit_holds_medians_and_the_score(written: Path) -> None:
     assert float(rows[0]["lens_artifact_score_v2"]) == full["score"]["lens_artifact_score_v2"]
     assert rows[0]["risk_tier"] == full["score"]["tier"]
     assert all(row["risk_tier"] == row["lens_artifact_score_v2"] == "" for row in rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ({"1": 7, "2": 3, "3": None}, (2, 3)),
+        ({"3": 4, "2": 4}, (2, 4)),
+        ({"1": 0, "2": 5}, (1, 0)),
+        ({"1": None}, (None, None)),
+        (None, (None, None)),
+    ],
+)
+def test_the_earliest_soft_copy(
+    layers: dict[str, int | None] | None, expected: tuple[int | None, int | None]
+) -> None:
+    assert soft_copy({"L_copy_soft": layers}) == expected
 
 
 # -- the dialect ----------------------------------------------------------------------------------
@@ -426,14 +439,14 @@ def test_a_full_disk_leaves_whole_files_only(
     table: LayersTable, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     left = after
-    replace = os.replace
+    really_replace = os.replace
 
     def filling(source: str, target: str) -> None:
         nonlocal left
         if left == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left -= 1
-        replace(source, target)
+        really_replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", filling)
     summary = summarise(table).to_dict()

@@ -149,6 +149,18 @@ def test_an_unfinished_run_is_resumed_and_a_finished_one_is_not(
     assert store.run(first.id).attempts == 2
 
 
+def test_what_a_killed_process_left_is_removed_when_its_run_goes_on(
+    store: Store, tmp_path: Path
+) -> None:
+    run = start(store, tmp_path / "out")
+    run.put_unit("u", FRAME)
+    folder = run.dir / UNITS / run.id
+    left = folder / ".x.parquet.999999999-abc.layerscope-tmp"
+    left.write_text("half")
+    assert start(store, tmp_path / "out").get_unit("u") is not None
+    assert not left.exists() and len(list(folder.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [
