@@ -217,7 +217,7 @@ def test_top_tokens_may_be_absent(table: LayersTable) -> None:
 
 def test_header_says_what_was_read_and_how_far_to_trust_it(text: str) -> None:
     said = " ".join("".join(Page(text).text).split())
-    assert "“·Berlin” becomes the top prediction at layer" in said
+    assert "“Berlin” becomes the top prediction at layer" in said
     assert "trust: medium" in said
     assert "Confirm the onset with a second lens" in said
     assert "Artefact tier medium (score 0.42 of 1)." in said

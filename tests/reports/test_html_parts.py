@@ -133,7 +133,7 @@ def test_milestone_cells(entry: dict[str, Any] | None, text: str) -> None:
     [
         (
             {"first": 4, "stable": 4},
-            "“·Berlin” becomes the top prediction at layer 4 of 6 and stays",
+            "“Berlin” becomes the top prediction at layer 4 of 6 and stays",
         ),
         ({"first": 3, "stable": 5}, "is lost again, and stays only from layer 5"),
         ({"first": 3, "stable": None}, "the model's last layer prefers another token"),
@@ -244,11 +244,13 @@ def test_provenance_is_searched_shallow_first() -> None:
 
 def test_header_names_device_dtype_and_date(table: LayersTable) -> None:
     sections = model_sections(
-        table, small_summary(table), {"dtype": "bfloat16", "finished_at": "2026-11-21T06:30:00.5Z"}
+        table,
+        small_summary(table),
+        {"dtype": "bfloat16", "finished_at": "2026-11-21T06:30:00.5+00:00"},
     )
     chips = dict(sections.chips)
     assert chips["dtype"] == "bfloat16"
     assert chips["device"] == "cpu"  # of the table, where the run says nothing
-    assert chips["run"] == "2026-11-21 06:30:00"
+    assert chips["run"] == "2026-11-21 06:30 UTC"
     assert chips["prompts"] == "5 (2 facts)"
     assert sections.facts[0].name == "Germany→Berlin"

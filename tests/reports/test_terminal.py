@@ -41,7 +41,7 @@ def test_no_line_is_wider_than_the_terminal(table: LayersTable, width: int) -> N
 
 def test_it_says_verdict_facts_layers_and_reasons(table: LayersTable) -> None:
     text = printed(small_summary(table), table)
-    assert "“·Berlin” becomes the top prediction at layer" in text
+    assert "“Berlin” becomes the top prediction at layer" in text
     assert "trust: medium" in text
     assert "Germany→Berlin" in text
     assert "norm: top-1" in text
@@ -64,6 +64,7 @@ def test_markup_in_tokens_is_text(table: LayersTable) -> None:
     marked = with_tokens(table, ["[red]x[/red]", "[/]", "[link=file:///etc]y"])
     text = printed(small_summary(marked), marked, width=200, color=True)
     assert "[red]x[/red]" in text
+    assert "\x1b[31m" not in text
     assert "[/]" in printed(small_summary(marked), marked, width=200)
 
 

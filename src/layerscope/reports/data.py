@@ -144,7 +144,7 @@ def _pass(
         "kind": own,
         "text": visible(prompt.text, keep_spaces=True) if prompt.text else "",
         "tokens": strings.add_all(prompt.tokens),
-        "answer": strings.add(prompt.answer_pieces[0] if prompt.answer_pieces else prompt.answer),
+        "answer": visible(prompt.answer) if prompt.answer else None,
         "answer_note": _answer_note(prompt),
         "head": _head(prompt, strings),
         "last_rows": [_last_row(prompt, lens, summary) for lens in lenses],
@@ -200,8 +200,11 @@ def _head(prompt: PromptInfo, strings: StringTable) -> dict[str, Any] | None:
     head = prompt.head
     if head is None:
         return None
+    first = prompt.answer_ids[0] if prompt.answer_ids else None
+    top_ids = head.top_ids[:10]
     return {
         "entropy": rounded(head.entropy_bits),
+        "answer_at": top_ids.index(first) if first in top_ids else None,
         "tokens": strings.add_all(head.top_tokens[:10]),
         "probs": [rounded(value) for value in head.top_probs[:10]],
         "answer_rank": head.answer_rank,

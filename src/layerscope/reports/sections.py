@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from layerscope.measures.table import LayersTable, PromptInfo
@@ -119,17 +120,20 @@ def _chips(table: LayersTable, provenance: Mapping[str, Any]) -> tuple[tuple[str
         ("norm", meta.norm_choice),
         ("device", find(sources, ("device",))),
         ("dtype", find(sources, ("dtype", "dtype_compute"))),
-        (
-            "run",
-            _date(find(sources, ("date", "finished_at", "started_at", "created_at", "timestamp"))),
-        ),
+        ("run", _date(find(sources, DATE_KEYS))),
     ]
     return tuple((name, visible(number(value), keep_spaces=True)) for name, value in chips if value)
 
 
 def _date(value: Any) -> str | None:
-    """Write an ISO date with a space and without fractions of a second."""
-    return None if value is None else str(value).replace("T", " ").split(".")[0]
+    """Write an ISO date and time to the minute; anything else stays as it is."""
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        return str(value)
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()
 
 
 def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple[str, ...]:
@@ -185,7 +189,7 @@ def _facts(table: LayersTable, summary: Mapping[str, Any]) -> tuple[FactRow, ...
             FactRow(
                 prompt_index=prompt.prompt_index,
                 name=visible(prompt.fact_key or prompt.text, keep_spaces=True),
-                answer=visible(prompt.answer_pieces[0] if prompt.answer_pieces else prompt.answer),
+                answer=visible(prompt.answer) if prompt.answer else "–",
                 top1=visible(head.top_tokens[0]) if head and head.top_tokens else "–",
                 p_answer=number(head.p_answer) if head else "–",
                 rank=number(head.answer_rank) if head else "–",

@@ -75,7 +75,7 @@ def reading(summary: Mapping[str, Any], prompt: PromptInfo | None) -> str:
     n_layers = summary.get("n_layers")
     if entry is None:
         return "No prompt was measured."
-    answer = f"The answer {quoted(_answer_text(prompt))}" if _answer_text(prompt) else "The answer"
+    answer = _answer(prompt)
     if prompt is not None and prompt.alignment_status != "ok":
         return (
             "The baseline prompt has no answer token that could be aligned "
@@ -102,12 +102,12 @@ def reading(summary: Mapping[str, Any], prompt: PromptInfo | None) -> str:
     )
 
 
-def _answer_text(prompt: PromptInfo | None) -> str | None:
-    if prompt is None:
-        return None
-    if prompt.answer_pieces:
-        return prompt.answer_pieces[0]
-    return prompt.answer
+def _answer(prompt: PromptInfo | None) -> str:
+    """Name the answer for the start of a sentence; ranks follow its first token."""
+    if prompt is None or not prompt.answer:
+        return "The answer"
+    start = "The first token of the answer" if len(prompt.answer_ids) > 1 else "The answer"
+    return f"{start} {quoted(prompt.answer)}"
 
 
 def trust(summary: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -11,6 +11,9 @@ LS.lensStyle = (model, lens) => {
   return LS.lensStyles[all.indexOf(lens) % LS.lensStyles.length];
 };
 
+// Whole layers only, at most about twelve labels.
+LS.tickStep = (model) => [1, 2, 5, 10, 20, 50].find((step) => model.n_layers / step <= 12) || 100;
+
 LS.panels = [
   { name: "entropy", title: "entropy (bits)" },
   { name: "kl", title: "KL to final (bits)" },
@@ -33,7 +36,7 @@ LS.lanes = (marks, toPixel, width) => {
   const taken = [];
   const free = (lane, a, b) => !(taken[lane] || []).some(([c, d]) => a < d && b > c);
   return [...groups.entries()]
-    .sort((a, b) => a[0] - b[0])
+    .sort((a, b) => b[0] - a[0])
     .map(([layer, names]) => {
       const x = toPixel(layer);
       const room = Math.max(x, width - x) - 14;
@@ -157,7 +160,7 @@ LS.drawCurves = (host, absent, model, pass, lens) => {
       const top = 1 - (r * (panelHeight + 22)) / inner;
       const bottom = r === panels.length - 1;
       layout["xaxis" + suffix] = LS.axis({
-        domain, anchor: "y" + suffix, range: span, showticklabels: bottom, tick0: 0, nticks: 12, tickformat: "d",
+        domain, anchor: "y" + suffix, range: span, showticklabels: bottom, tick0: 0, dtick: LS.tickStep(model),
         unifiedhovertitle: { text: "layer %{x}" },
         title: bottom ? { text: "layer (0 = embedding)", font: { size: 12 }, standoff: 6 } : undefined,
       });
@@ -185,7 +188,7 @@ LS.decorate = (layout, column, labels, domain, at) => {
     layout.annotations.push({
       text: label.lines.map(LS.escaped).join("<br>"), xref: axis, yref: "paper", x: label.layer, y: 1, yanchor: "bottom",
       xanchor: label.flip ? "right" : "left", align: label.flip ? "right" : "left", xshift: label.shift, yshift: label.lane * LS.LABEL_LINE,
-      showarrow: false, font: { size: LS.LABEL_FONT, color: LS.css("--muted") },
+      showarrow: false, font: { size: LS.LABEL_FONT, color: LS.css("--muted") }, bgcolor: LS.css("--bg"), borderpad: 0,
     });
     layout.shapes.push({
       type: "line", xref: axis, yref: "paper", x0: label.layer, x1: label.layer, y0: 0, layer: "between",
@@ -230,7 +233,7 @@ LS.drawRaw = (host, model, pass) => {
   const traces = panels.map((panel, i) => {
     const suffix = i === 0 ? "" : String(i + 1);
     layout["xaxis" + suffix] = LS.axis({
-      range: [-0.3, model.n_layers + 0.3], nticks: 12, tickformat: "d", unifiedhovertitle: { text: "layer %{x}" },
+      range: [-0.3, model.n_layers + 0.3], tick0: 0, dtick: LS.tickStep(model), unifiedhovertitle: { text: "layer %{x}" },
       title: { text: "layer", font: { size: 12 }, standoff: 6 },
     });
     layout["yaxis" + suffix] = LS.axis(panel.range ? { range: panel.range } : { rangemode: "tozero" });

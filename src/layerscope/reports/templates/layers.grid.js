@@ -16,7 +16,7 @@ LS.sideWidth = (grid, byLayer) => {
     const more = shown.length < names.length ? 26 : 0;
     return shown.reduce((sum, name) => sum + 6.4 * LS.label(name).length + 12, more);
   });
-  return Math.max(116 + (grid.hidden ? 130 : 0), 44 + Math.max(...sizes));
+  return Math.max(116, 44 + Math.max(...sizes));
 };
 
 LS.colourModes = {
@@ -135,8 +135,7 @@ LS.gridCell = (model, pass, grid, row, column, mode, final, answers) => {
 LS.gridFoot = (model, pass, grid) => {
   const foot = LS.element("tfoot");
   const line = LS.element("tr");
-  const hidden = grid.hidden ? "(" + grid.hidden + " earlier hidden) " : "";
-  line.append(LS.element("th", "", hidden + "prompt token →"));
+  line.append(LS.element("th", "", "prompt token →"));
   for (const position of grid.pos) {
     const isLast = position === grid.pos[grid.pos.length - 1];
     const text = model.strings[pass.tokens[position]];
@@ -160,6 +159,9 @@ LS.gridLegend = (legend, mode, model, grid) => {
   const answer = LS.element("span");
   answer.append(LS.element("span", "key answer", "a"), "the answer");
   legend.append(ramp, final, answer);
+  if (grid.hidden) {
+    legend.append(LS.element("span", "", "The first " + grid.hidden + " positions of this long prompt are not drawn."));
+  }
   if (grid.pos.length === 1) {
     legend.append(LS.element("span", "", "Only the last position was decoded in this run."));
   }

@@ -87,10 +87,10 @@ LS.Explorer = class {
     const host = this.slot("text");
     host.replaceChildren();
     if (this.pass.text) host.append("“", LS.element("bdi", "", this.pass.text), "”");
-    if (this.pass.answer >= 0) {
-      host.append(this.pass.text ? " → " : "answer: ", LS.element("bdi", "answer", this.model.strings[this.pass.answer]));
+    if (this.pass.answer) {
+      host.append(this.pass.text ? " → " : "answer: ", LS.element("bdi", "answer", this.pass.answer));
     }
-    if (this.pass.answer_note) host.append(LS.element("span", "note", " (" + this.pass.answer_note + ")"));
+    if (this.pass.answer_note) host.append(LS.element("span", "aside", " (" + this.pass.answer_note + ")"));
   }
 
   drawGrid() {
@@ -128,12 +128,13 @@ LS.Explorer = class {
       (head.answer_rank === null ? "." : "; the answer has rank " + LS.number(head.answer_rank) + " and probability " + LS.percent(head.p_answer) + ".");
     const table = LS.element("table", "bars");
     head.tokens.forEach((token, i) => {
-      const row = LS.element("tr", token === this.pass.answer ? "answer" : "");
+      const row = LS.element("tr", i === head.answer_at ? "answer" : "");
       const bar = LS.element("td");
       const fill = LS.element("i");
-      fill.style.width = 100 * head.probs[i] + "%";
+      fill.style.width = 80 * head.probs[i] + "%";
       bar.append(fill);
       row.append(LS.element("td", "", this.model.strings[token]), LS.element("td", "", LS.percent(head.probs[i])), bar);
+      if (i === head.answer_at) bar.append(LS.element("span", "tag", "the answer"));
       table.append(row);
     });
     host.replaceChildren(LS.element("p", "lead", line), table);
@@ -144,11 +145,11 @@ LS.start = () => {
   LS.data = JSON.parse(document.getElementById("layers-data").textContent);
   const explorers = LS.data.models.map((model, i) => new LS.Explorer(document.getElementById("model-" + i), model));
   const shown = () => explorers.filter((explorer) => !explorer.root.hidden);
-  const tabs = [...document.querySelectorAll(".models [role=tab]")];
+  const tabs = [...document.querySelectorAll(".models button")];
   for (const tab of tabs) {
     tab.addEventListener("click", () => {
       explorers.forEach((explorer, i) => { explorer.root.hidden = i !== Number(tab.dataset.model); });
-      for (const other of tabs) other.setAttribute("aria-selected", String(other === tab));
+      for (const other of tabs) other.setAttribute("aria-pressed", String(other === tab));
       for (const explorer of shown()) explorer.draw();
     });
   }
