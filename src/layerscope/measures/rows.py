@@ -67,13 +67,6 @@ class PassRows:
         value = float(self.floats(name)[hits[0]])
         return None if np.isnan(value) else value
 
-    def flag_at(self, name: str, layer: int | None) -> bool | None:
-        """Return a boolean value at a layer, None when the layer or the value is missing."""
-        hits = np.flatnonzero(self.layers == layer) if layer is not None else np.array([])
-        if not hits.size or not self.known(name)[hits[0]]:
-            return None
-        return bool(self.true(name)[hits[0]])
-
 
 def pass_rows(table: LayersTable) -> dict[tuple[int, str], PassRows]:
     """Split a table's last-position rows by (prompt_index, lens), in the order of the passes.

@@ -19,8 +19,8 @@ def growth_spikes(
 ) -> list[int]:
     """Return the layers whose residual length jumps against the row before, by a robust z-score.
 
-    A jump is a change by more than `growth_factor` (either way) whose logarithm lies more than
-    `growth_z` robust standard deviations (median, MAD) from the median growth of the stack.
+    A jump is a growth that differs from the stack's median growth by more than `growth_factor`
+    (either way) and, in its logarithm, by more than `growth_z` robust standard deviations (MAD).
     """
     known = ~np.isnan(lengths)
     lengths, layers = lengths[known], layers[known]
@@ -30,7 +30,7 @@ def growth_spikes(
     off = np.abs(growth - np.median(growth))
     spread = np.median(off)
     far = off > 0 if spread == 0 else MAD_TO_SIGMA * off / spread > config.growth_z
-    jumps = far & (np.abs(growth) > np.log(config.growth_factor))
+    jumps = far & (off > np.log(config.growth_factor))
     return [int(layer) for layer in layers[1:][jumps]]
 
 
