@@ -75,7 +75,8 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
   layout.append(LS.element("col"));
   const side = LS.sideWidth(grid, byLayer);
   layout.firstChild.style.width = side + "px";
-  for (let i = 0; i < columns; i += 1) layout.append(LS.element("col"));
+  const drawn = columns === 1 ? Math.min(grid.k, LS.RUNNERS_UP + 1) : columns;
+  for (let i = 0; i < drawn; i += 1) layout.append(LS.element("col"));
   const body = LS.element("tbody");
   for (let row = top; row >= 0; row -= 1) {
     const line = LS.element("tr");
@@ -83,11 +84,12 @@ LS.drawGrid = (host, legend, model, pass, lens, colour) => {
     for (let column = 0; column < columns; column += 1) {
       line.append(LS.gridCell(model, pass, grid, row, column, mode, finals[column], answers));
     }
+    if (columns === 1) line.append(...LS.runnersUp(model, grid, row));
     body.append(line);
   }
   table.append(layout, body, LS.gridFoot(model, pass, grid));
-  table.style.minWidth = side + 60 * columns + "px";
-  table.style.maxWidth = side + 200 * columns + "px";
+  table.style.minWidth = side + 60 * drawn + "px";
+  table.style.maxWidth = side + 200 * drawn + "px";
   host.append(table);
   host.scrollLeft = host.scrollWidth;
   LS.gridKeys(table, top + 1, columns);
@@ -132,6 +134,18 @@ LS.gridCell = (model, pass, grid, row, column, mode, final, answers) => {
   return node;
 };
 
+// With one position there is room for the next most likely tokens beside the first.
+LS.RUNNERS_UP = 4;
+LS.runnersUp = (model, grid, row) => {
+  const cells = [];
+  for (let i = 1; i < Math.min(grid.k, LS.RUNNERS_UP + 1); i += 1) {
+    const token = grid.t[row * grid.k + i];
+    const text = token < 0 ? "" : model.strings[token] + "  " + LS.percent(grid.p[row * grid.k + i]);
+    cells.push(LS.element("td", "next", text));
+  }
+  return cells;
+};
+
 LS.gridFoot = (model, pass, grid) => {
   const foot = LS.element("tfoot");
   const line = LS.element("tr");
@@ -143,6 +157,9 @@ LS.gridFoot = (model, pass, grid) => {
     header.scope = "col";
     header.title = "position " + position + ": " + header.textContent;
     line.append(header);
+  }
+  if (grid.pos.length === 1) {
+    for (let i = 2; i <= Math.min(grid.k, LS.RUNNERS_UP + 1); i += 1) line.append(LS.element("th", "next", "rank " + i));
   }
   foot.append(line);
   return foot;
@@ -163,13 +180,13 @@ LS.gridLegend = (legend, mode, model, grid) => {
     legend.append(LS.element("span", "", "The first " + grid.hidden + " positions of this long prompt are not drawn."));
   }
   if (grid.pos.length === 1) {
-    legend.append(LS.element("span", "", "Only the last position was decoded in this run."));
+    legend.append(LS.element("span", "", "Only the last position was decoded; beside it stand the next most likely tokens."));
   }
 };
 
 LS.gridKeys = (table, rows, columns) => {
   table.addEventListener("keydown", (event) => {
-    const cells = [...table.querySelectorAll("td")];
+    const cells = [...table.querySelectorAll("td[tabindex]")];
     const at = cells.indexOf(document.activeElement);
     const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
     if (event.key === "Escape") LS.hideTip();
