@@ -304,7 +304,8 @@ def _find_same(session: Session, key: str, folder: str, *, reusable_in: str | No
         .where(Run.key == key, Run.out_dir == folder, usable)
         .order_by(Run.created_at.desc(), Run.id)
     )
-    return session.scalars(query.limit(1)).one_or_none()
+    # The row lock is for servers; an SQLite writer holds the whole database already.
+    return session.scalars(query.limit(1).with_for_update()).one_or_none()
 
 
 def _claim(run: Run, now: str, *, resumed: bool) -> None:

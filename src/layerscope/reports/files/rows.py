@@ -29,7 +29,8 @@ def last_rows(table: LayersTable, lens: str) -> pl.DataFrame:
 
 def pure_next_token(table: LayersTable, config: MeasureConfig) -> pl.DataFrame:
     """Return one row per pass and layer of the norm lens at the last position (85 columns)."""
-    rows = last_rows(with_copy_flags(table, config), "norm")
+    own = LayersTable(last_rows(table, "norm"), table.meta)
+    rows = with_copy_flags(own, config).rows
     present = set(rows.columns)
     uniform = 1.0 / table.meta.d_vocab
     p_answer, echo = pl.col("p_answer"), pl.col("echo_mass_prompt")
