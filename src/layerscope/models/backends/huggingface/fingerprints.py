@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layerscope import __version__
 from layerscope.models.devices import dtype_name
 
 
@@ -60,8 +59,8 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a model's numbers."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors")
-    return {"layerscope": __version__, "python": platform.python_version()} | {
+    packages = ("layerscope", "torch", "transformers", "tokenizers", "safetensors")
+    return {"python": platform.python_version()} | {
         package: metadata.version(package) for package in packages
     }
 
