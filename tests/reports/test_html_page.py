@@ -220,7 +220,7 @@ def test_header_says_what_was_read_and_how_far_to_trust_it(text: str) -> None:
     assert "“Berlin” becomes the top prediction at layer" in said
     assert "trust: medium" in said
     assert "Confirm the onset with a second lens" in said
-    assert "Artefact tier medium (score 0.42 of 1)." in said
+    assert "Germany→Berlin over all layers: artefact tier medium (score 0.42 of 1)." in said
 
 
 def test_nothing_to_report_is_an_error() -> None:

@@ -142,10 +142,12 @@ def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple
     if not full:
         return ("The summary holds no comparison of the raw and the norm lens over all layers.",)
     score: Mapping[str, Any] = full.get("score") or {}
+    key = prompt.fact_key if prompt is not None else None
+    where = f"{visible(key, keep_spaces=True)} over all layers: " if key else "Over all layers: "
     lines: list[str] = []
     if score.get("tier"):
         lines.append(
-            f"Artefact tier {score['tier']} (score {number(score.get('lens_artifact_score'))} "
+            f"{where}artefact tier {score['tier']} (score {number(score.get('lens_artifact_score'))} "
             "of 1)."
         )
     share = full.get("pct_layers_kl_ge_1.0")

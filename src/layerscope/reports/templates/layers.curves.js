@@ -11,8 +11,8 @@ LS.lensStyle = (model, lens) => {
   return LS.lensStyles[all.indexOf(lens) % LS.lensStyles.length];
 };
 
-// Whole layers only, at most about twelve labels.
-LS.tickStep = (model) => [1, 2, 5, 10, 20, 50].find((step) => model.n_layers / step <= 12) || 100;
+// Whole layers only, and no more labels than fit beside one another in so many pixels.
+LS.tickStep = (model, width) => [1, 2, 5, 10, 20, 50].find((step) => model.n_layers / step <= Math.min(14, width / 24)) || 100;
 
 LS.panels = [
   { name: "entropy", title: "entropy (bits)" },
@@ -160,7 +160,7 @@ LS.drawCurves = (host, absent, model, pass, lens) => {
       const top = 1 - (r * (panelHeight + 22)) / inner;
       const bottom = r === panels.length - 1;
       layout["xaxis" + suffix] = LS.axis({
-        domain, anchor: "y" + suffix, range: span, showticklabels: bottom, tick0: 0, dtick: LS.tickStep(model),
+        domain, anchor: "y" + suffix, range: span, showticklabels: bottom, tick0: 0, dtick: LS.tickStep(model, plotWidth), tickangle: 0,
         unifiedhovertitle: { text: "layer %{x}" },
         title: bottom ? { text: "layer (0 = embedding)", font: { size: 12 }, standoff: 6 } : undefined,
       });
@@ -233,7 +233,7 @@ LS.drawRaw = (host, model, pass) => {
   const traces = panels.map((panel, i) => {
     const suffix = i === 0 ? "" : String(i + 1);
     layout["xaxis" + suffix] = LS.axis({
-      range: [-0.3, model.n_layers + 0.3], tick0: 0, dtick: LS.tickStep(model), unifiedhovertitle: { text: "layer %{x}" },
+      range: [-0.3, model.n_layers + 0.3], tick0: 0, dtick: LS.tickStep(model, (0.85 * width) / panels.length), tickangle: 0, unifiedhovertitle: { text: "layer %{x}" },
       title: { text: "layer", font: { size: 12 }, standoff: 6 },
     });
     layout["yaxis" + suffix] = LS.axis(panel.range ? { range: panel.range } : { rangemode: "tozero" });

@@ -131,10 +131,11 @@ LS.Explorer = class {
       const row = LS.element("tr", i === head.answer_at ? "answer" : "");
       const bar = LS.element("td");
       const fill = LS.element("i");
-      fill.style.width = 80 * head.probs[i] + "%";
+      fill.style.width = 100 * head.probs[i] + "%";
       bar.append(fill);
-      row.append(LS.element("td", "", this.model.strings[token]), LS.element("td", "", LS.percent(head.probs[i])), bar);
-      if (i === head.answer_at) bar.append(LS.element("span", "tag", "the answer"));
+      const name = LS.element("td", "", this.model.strings[token]);
+      if (i === head.answer_at) name.append(LS.element("span", "tag", "the answer"));
+      row.append(name, LS.element("td", "", LS.percent(head.probs[i])), bar);
       table.append(row);
     });
     host.replaceChildren(LS.element("p", "lead", line), table);
