@@ -150,3 +150,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--debug", "layers", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_failed_model_is_in_the_database_too(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("--prompts", prompts, "--out", out, "--no-html")
+    assert layers(folder, tmp_path / "missing", *words) == 2
+    assert "missing" in capsys.readouterr().err
+    with Store.open(out / "layerscope.db") as store:
+        assert sorted(info.status for info in store.runs()) == ["failed", "finished"]

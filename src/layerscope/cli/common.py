@@ -21,8 +21,8 @@ StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
-        help="Runs database: a SQLite file or a database URL. "
-        f"Default: {DEFAULT_FOLDER / 'layerscope.db'}",
+        help="Runs database: a SQLite file or a database URL. Default: layerscope.db in the "
+        f"folder of --out, that is {DEFAULT_FOLDER / 'layerscope.db'} unless --out was given.",
     ),
 ]
 DeviceOption = Annotated[

@@ -129,6 +129,8 @@ def show(sweep: Sweep, *, as_json: bool) -> None:
             print_summary(outcome.result.summary, outcome.result.table, screen)
         else:
             screen.print(f"{outcome.model}: failed: {outcome.error}", markup=False)
-    screen.print(f"\nfiles: {sweep.run_dir}", markup=False, highlight=False, soft_wrap=True)
-    if sweep.report is not None:
-        screen.print(f"page:  {sweep.report}", markup=False, highlight=False, soft_wrap=True)
+    places = {"files": sweep.run_dir, "page": sweep.report, "store": sweep.store}
+    screen.print()
+    for name, place in places.items():
+        if place is not None:
+            screen.print(f"{name}: {place}", markup=False, highlight=False, soft_wrap=True)

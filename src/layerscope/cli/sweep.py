@@ -71,6 +71,7 @@ class Sweep:
     """All outcomes of one command and the folder that holds their files."""
 
     run_dir: Path
+    store: str
     outcomes: list[ModelOutcome]
     report: Path | None = None
 
@@ -80,6 +81,7 @@ class Sweep:
         return {
             **(entries[0] if len(entries) == 1 else {}),
             "run_dir": str(self.run_dir),
+            "store": self.store,
             "report": str(self.report) if self.report else None,
             "models": entries,
         }
@@ -108,18 +110,38 @@ def run_sweep(
             except LayerscopeError as error:
                 if len(models) == 1:
                     raise
-                console(stderr=True).print(f"{model} failed: {error}", markup=False)
-                path = write_failure(model, str(error), folder.path)
-                outcomes.append(ModelOutcome(model, "failed", error=str(error), files=[path]))
+                outcomes.append(_record_failure(store, folder, model, prompts, config, error))
             first = None
             gc.collect()
-        sweep = Sweep(folder.path, outcomes)
+        sweep = Sweep(folder.path, store.name, outcomes)
         finished = [outcome.result for outcome in outcomes if outcome.result is not None]
         if options.html and finished:
             pages = [(result.table, result.summary, result.provenance) for result in finished]
             sweep.report = write_html(folder.path / REPORT, pages)
         close_run_dir(folder.path)
     return sweep
+
+
+def _record_failure(
+    store: Store,
+    folder: RunDir,
+    model: str,
+    prompts: PromptSet,
+    config: LayersConfig,
+    error: LayerscopeError,
+) -> ModelOutcome:
+    """Keep the line that says why a model has no result, in the folder and in the database."""
+    console(stderr=True).print(f"{model} failed: {error}", markup=False, soft_wrap=True)
+    path = write_failure(model, str(error), folder.path)
+    run = store.start(
+        experiment="layers",
+        config=config.to_dict(),
+        model={"name": model},
+        prompts=[asdict(entry) for entry in prompts.passes()],
+        out_dir=folder.path,
+    )
+    run.fail(str(error))
+    return ModelOutcome(model, "failed", run_id=run.id, error=str(error), files=[path])
 
 
 def _how(options: SweepOptions) -> list[Any]:
@@ -151,6 +173,7 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
     ) as run:
         table = run.artifact("table") if run.finished else None
         if table is not None:
+            run.cleanup_units()  # a kill between the end of the run and its tidying left them
             info = store.run(run.id)
             result = LayersResult(
                 LayersTable.read_parquet(table),
