@@ -147,8 +147,8 @@ def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple
     lines: list[str] = []
     if score.get("tier"):
         lines.append(
-            f"{where}artefact tier {score['tier']} (score {number(score.get('lens_artifact_score'))} "
-            "of 1)."
+            f"{where}artefact tier {score['tier']} "
+            f"(score {number(score.get('lens_artifact_score'))} of 1)."
         )
     share = full.get("pct_layers_kl_ge_1.0")
     if share is not None:
