@@ -226,6 +226,10 @@ def test_published_flags_cannot_be_loosened() -> None:
     loose = MeasureConfig(copy_margin=0.05)
     with pytest.raises(TableError, match=r"margin 0\.1"):
         CopyFlags(one_pass(table), loose).strict(0.7)
+    soft = one_pass(_published(**{"copy_strict@0.7": [True] * 2, "copy_soft_k1@0.5": [True] * 2}))
+    assert CopyFlags(soft, loose).soft(1, 0.9).true.tolist() == [True, False]
+    with pytest.raises(TableError, match="window lengths"):
+        CopyFlags(soft, CONFIG).soft(2, 0.5)
     tight = MeasureConfig(copy_margin=0.8)
     assert CopyFlags(one_pass(table), tight).strict(0.7).true.tolist() == [True, False]
 

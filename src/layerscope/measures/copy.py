@@ -98,7 +98,7 @@ class CopyFlags:
 
     def __init__(self, part: PassRows, config: MeasureConfig) -> None:
         self._part, self._config, self._tops = part, config, _tops(part)
-        published = any(name.startswith("copy_strict@") for name in part.frame.columns)
+        published = any(name.startswith(STRICT) for name in part.frame.columns)
         self._as_published = published and not part.prompt.prompt_ids
 
     def strict(self, threshold: float) -> Flag:
@@ -108,7 +108,7 @@ class CopyFlags:
             tops.p1, tops.p2, self._config.copy_margin
         )
         if self._as_published:
-            return self._tighten("copy_strict@", threshold, confident)
+            return self._tighten(STRICT, threshold, confident)
         echo = in_prompt(tops.ids, self._part.prompt.prompt_ids, k=self._config.copy_window_k)
         return _all_known(echo & confident & ~self._part.true("top1_ignorable"))
 
@@ -127,20 +127,23 @@ class CopyFlags:
             if name.startswith(stem)
         }
         below = [tau for tau in columns if tau <= threshold]
-        if not below or self._config.copy_margin < PUBLISHED_MARGIN:
+        margin = self._config.copy_margin if stem == STRICT else PUBLISHED_MARGIN
+        if not below or margin < PUBLISHED_MARGIN:
             known = ", ".join(trimmed(tau) for tau in sorted(columns)) or "none"
             raise TableError(
                 f"{stem}{trimmed(threshold)} cannot be recomputed from this table: it lacks the "
-                f"prompt's token ids and holds flags for thresholds {known} at margin "
-                f"{PUBLISHED_MARGIN}; give a threshold and a margin that are not below those"
+                f"prompt's token ids and holds such flags for thresholds {known}, margin "
+                f"{PUBLISHED_MARGIN}; give a threshold and a margin that are not below those, and "
+                "window lengths that it has"
             )
         name = columns[max(below)]
         base = self._part.true(name)
-        if max(below) == threshold and self._config.copy_margin == PUBLISHED_MARGIN:
+        if max(below) == threshold and margin == PUBLISHED_MARGIN:
             return Flag(true=base, known=self._part.known(name))
         return Flag(true=base & confident, known=self._part.known(name))
 
 
+STRICT = "copy_strict@"
 PUBLISHED_MARGIN = 0.10  # behind the flags of published tables
 
 

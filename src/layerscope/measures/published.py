@@ -18,6 +18,7 @@ from layerscope.measures.table import HeadInfo, LayersTable, PromptInfo, TableMe
 
 PASS_KEY = ["fact_key", "fact_index", "prompt_id", "prompt_variant"]
 ARROW = "→"
+TEXTS = ("fact_key", "prompt_id", "prompt_variant", "token")
 TOP = 5  # tokens per row that the earlier system filled in
 
 # Published column -> column of our schema.
@@ -141,29 +142,47 @@ def _read(path: Path, required: tuple[str, ...]) -> pl.DataFrame:
     if missing:
         hint = nearest(missing[0], frame.columns)
         raise TableError(f"{path} lacks the column(s) {', '.join(missing)}{hint}")
-    texts = {"fact_key", "prompt_id", "prompt_variant", "token"}
-    whole = {"fact_index", "layer", "pos", "answer_rank"} | {
-        name for name in frame.columns if name.startswith(("answer_rank_", "top1_token_id"))
-    }
-    flags = {"is_answer", "copy_collapse", "norm_only_semantics"}
-    casts: list[pl.Expr] = []
-    for name in frame.columns:
-        if name in texts or re.fullmatch(r"top\d+|top1_token_str.*", name):
-            continue
-        if name in flags or name.startswith(("copy_strict@", "copy_soft_k")):
-            casts.append(pl.col(name).replace_strict({"True": True, "False": False}, default=None))
-        elif name in whole:
-            casts.append(pl.col(name).cast(pl.Int32))
-        elif name in required:
-            casts.append(pl.col(name).cast(pl.Float64))
-    try:
-        return frame.with_columns(casts)
-    except pl.exceptions.PolarsError as error:
-        raise TableError(f"{path} holds a cell that is not a number: {error}") from error
+    return frame.select(_typed(frame[name], _kind(name, required), path) for name in frame.columns)
+
+
+def _kind(name: str, required: tuple[str, ...]) -> pl.DataType | None:
+    """Return the type of a column, None for text (and for columns that are not read)."""
+    if name in ("is_answer", "copy_collapse", "norm_only_semantics") or name.startswith(
+        ("copy_strict@", "copy_soft_k")
+    ):
+        return pl.Boolean()
+    if name in ("fact_index", "layer", "pos") or name.startswith(("answer_rank", "top1_token_id")):
+        return pl.Int32()
+    if name in TEXTS or re.fullmatch(r"top\d+|top1_token_str.*", name) or name not in required:
+        return None
+    return pl.Float64()
+
+
+def _typed(cells: pl.Series, kind: pl.DataType | None, path: Path) -> pl.Series:
+    """Cast one column; raises TableError with the first cell that does not fit."""
+    if kind is None:
+        return cells
+    if isinstance(kind, pl.Boolean):
+        typed = cells.replace_strict(
+            {"True": True, "False": False}, default=None, return_dtype=pl.Boolean
+        )
+        expected = "True or False"
+    else:
+        typed = cells.cast(kind, strict=False)
+        expected = "a whole number" if isinstance(kind, pl.Int32) else "a number"
+    wrong = (typed.is_null() & cells.is_not_null()).arg_true()
+    if len(wrong):
+        raise TableError(
+            f"{path}, data row {wrong[0] + 1}: {cells[wrong[0]]!r} in column {cells.name} is not "
+            f"{expected}"
+        )
+    return typed
 
 
 def _join(frame: pl.DataFrame, passes: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Attach the pass number; refuse unknown passes and rows that occur twice."""
+    """Attach the pass number; refuse rows that belong to no pass or layer, or occur twice."""
+    if frame["layer"].null_count():
+        raise TableError(f"{path} holds rows without a layer; every row needs one")
     keyed = frame.join(passes, on=PASS_KEY, how="left", nulls_equal=True, maintain_order="left")
     if keyed["prompt_index"].null_count():
         raise TableError(f"{path} holds prompts that the main table lacks; give tables of one run")
@@ -177,6 +196,12 @@ def _join(frame: pl.DataFrame, passes: pl.DataFrame, path: Path) -> pl.DataFrame
 
 def _main_rows(frame: pl.DataFrame, passes: pl.DataFrame, path: Path, *, lens: str) -> pl.DataFrame:
     keyed = _join(frame, passes, path)
+    for stem in ("copy_strict@", "copy_soft_k"):
+        if not any(name.startswith(stem) for name in keyed.columns):
+            raise TableError(
+                f"{path} lacks the columns {stem}...; without the prompt's tokens echo cannot be "
+                "found in another way"
+            )
     flags = [name for name in keyed.columns if name.startswith(("copy_strict@", "copy_soft_k"))]
     keep = [name for name in ("copy_collapse", *flags) if name in keyed.columns]
     tops = [pl.col(f"top{i}") for i in range(1, TOP + 1)]
@@ -267,9 +292,7 @@ def _raw_flags(raw: pl.DataFrame, norm: pl.DataFrame) -> list[pl.Series]:
 
 
 def _meta(path: Path, rows: pl.DataFrame, passes: pl.DataFrame, main: pl.DataFrame) -> TableMeta:
-    n_layers = rows["layer"].max()
-    if not isinstance(n_layers, int):
-        raise TableError(f"{path} names no layers; give a table with one row per layer")
+    n_layers = int(rows["layer"].to_numpy().max())
     prompts = tuple(_prompt(entry, rows) for entry in passes.iter_rows(named=True))
     labels = [name for name in rows.columns if name.startswith("copy_strict@")]
     return TableMeta(
