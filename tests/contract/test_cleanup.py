@@ -85,6 +85,28 @@ def test_hooks_of_the_user_keep_working_and_see_the_run():
         handle.remove()
 
 
+def test_a_run_that_ends_inside_another_leaves_its_resumption_alone():
+    model, batch = loaded("llama"), batch_of(0)
+    plain = model.run(batch, capture="resid_pre.*")
+    before = state_of(hf(model))
+    computed = []
+
+    def once(*_):
+        handles.pop().remove()
+        nested.append(model.run(batch, start=Start(1, plain["resid_pre.1"])).logits)
+        handles.append(
+            hf(model).model.layers[1].mlp.register_forward_hook(lambda *_: computed.append(1))
+        )
+
+    nested = []
+    handles = [hf(model).model.embed_tokens.register_forward_hook(once)]
+    result = model.run(batch, start=Start(2, plain["resid_pre.2"]))
+    handles.pop().remove()
+    assert not computed  # block 1 was still passed by after the inner run had gone
+    assert torch.equal(nested[0], plain.logits) and torch.equal(result.logits, plain.logits)
+    assert state_of(hf(model)) == before
+
+
 def test_threads_do_not_see_each_other():
     model, batch = loaded("llama"), batch_of()
     plain = model.run(batch, capture="resid_pre.*")

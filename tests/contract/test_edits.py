@@ -234,6 +234,20 @@ def test_values_of_the_caller_are_left_alone_and_may_have_any_dtype():
     assert torch.equal(stored, kept)
 
 
+@pytest.mark.parametrize("kind", tuple(EDITS))
+def test_tensors_that_others_hold_are_left_alone(kind):
+    """The stored residual of a start, and a capture that is the same tensor in the model."""
+    model, ids = loaded("llama"), torch.tensor([SEQUENCES[0], SEQUENCES[0][::-1]])
+    edit = EDITS[kind]("resid_pre.1")
+    plain = model.run(ids, capture="resid_post.0")["resid_post.0"]
+    kept = plain.clone()
+    edited = model.run(ids, edits=[edit], capture=["resid_post.0", "resid_pre.1"])
+    assert torch.equal(edited["resid_post.0"], kept)
+    assert not torch.equal(edited["resid_pre.1"], kept)
+    model.run(ids, start=Start(1, plain), edits=[edit, EDITS[kind]("resid_mid.1")])
+    assert torch.equal(plain, kept)
+
+
 def test_a_function_gets_a_copy_and_the_context():
     model, batch = loaded("llama"), batch_of(side="left")
     seen = {}

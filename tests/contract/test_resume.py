@@ -16,9 +16,10 @@ def test_start_at_any_layer_equals_the_full_pass(family, side):
     model, batch = loaded(family), batch_of(side=side)
     before = state_of(hf(model))
     full = model.run(batch, capture="resid_*.*")
-    model.run(batch, start=Start(0, full["resid_pre.0"]), stop_after=0)  # learns what blocks return
+    # The first resumed pass computes one block more, to learn what blocks return.
+    model.run(batch, start=Start(1, full["resid_pre.1"]), stop_after=1)
     for layer in range(model.n_layers):
-        calls = count_calls(model)
+        calls = CallCounter(model)
         resumed = model.run(
             batch,
             start=Start(layer, full[f"resid_pre.{layer}"]),
@@ -42,7 +43,7 @@ def test_start_at_any_layer_equals_the_full_pass(family, side):
     assert state_of(hf(model)) == before
 
 
-class count_calls:
+class CallCounter:
     """Counts how many MLPs compute: what a resumed pass must not do below its start."""
 
     def __init__(self, model):
@@ -75,7 +76,7 @@ def test_stop_after_a_layer_gives_its_residual_and_computes_no_more(family):
     before = state_of(hf(model))
     full = model.run(batch, capture="resid_post.*")
     for layer in range(model.n_layers):
-        calls = count_calls(model)
+        calls = CallCounter(model)
         result = model.run(batch, stop_after=layer, capture=f"resid_post.{layer}")
         assert calls.stop() == layer + 1
         assert result.logits is None
@@ -87,7 +88,8 @@ def test_stop_after_a_layer_gives_its_residual_and_computes_no_more(family):
 def test_start_and_stop_together_compute_one_block(family):
     model, batch = loaded(family), batch_of()
     full = model.run(batch, capture="resid_*.1")
-    calls = count_calls(model)
+    model.run(batch, start=Start(1, full["resid_pre.1"]), stop_after=1)
+    calls = CallCounter(model)
     result = model.run(
         batch, start=Start(1, full["resid_pre.1"]), stop_after=1, capture="resid_post.1"
     )

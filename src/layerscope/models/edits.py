@@ -166,7 +166,7 @@ class MeanAblate(Edit):
         if mean is None:
             real = context.batch.attention_mask.to(values.device)
             # Indexing, not multiplying by the mask: padding may hold NaN.
-            mean = context.activation[real].double().mean(dim=0)
+            mean = context.activation[real].to(_accumulator(values)).mean(dim=0)
         return mean.to(values.device, values.dtype).expand_as(values)
 
 
@@ -316,10 +316,11 @@ def columns_of(
         PromptError: a position is outside its prompt.
     """
     where = f"{type(edit).__name__} at '{edit.site}'" if edit is not None else "positions"
-    if isinstance(positions, int):
-        positions = [positions]
-    listed: list[Any] = list(positions)
-    if listed and not isinstance(listed[0], int):
+    given: Any = positions
+    if hasattr(given, "tolist"):  # an array or a tensor
+        given = given.tolist()
+    listed: list[Any] = [given] if isinstance(given, int) else list(given)
+    if listed and not hasattr(listed[0], "__index__"):
         per_row = [[int(position) for position in row] for row in listed]
         if len(per_row) != len(rows) or len({len(row) for row in per_row}) != 1:
             raise EditError(

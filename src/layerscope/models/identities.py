@@ -182,13 +182,17 @@ def _block_errors(backend: Backend, values: Any, layer: int) -> Iterator[tuple[s
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value."""
+    """Return the largest difference over the largest value; infinite for other shapes."""
+    if actual.shape != expected.shape:
+        return math.inf
     actual, expected = actual.float(), expected.to(actual.device).float()
     return _ratio((actual - expected).abs().max(), expected.abs().max())
 
 
 def _sum_error(total: Tensor, *terms: Tensor) -> float:
     """Return the largest difference of a sum over the sizes of its own terms."""
+    if any(term.shape != total.shape for term in terms):
+        return math.inf
     wide = torch.promote_types(total.dtype, torch.float32)
     parts = [term.to(total.device, wide) for term in terms]
     difference = (total.to(wide) - torch.stack(parts).sum(0)).abs()

@@ -96,6 +96,13 @@ def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport
             report.require(loaded.name)
         except ModelError as error:
             failures.append(error)
+        # Foreign code runs here for the first time; whatever it raises means one thing.
+        except Exception as error:
+            line = " ".join(str(error).split())
+            kind = type(error).__name__
+            failure = ModelError(f"{loaded.name} cannot be run: {kind}: {line}")
+            failure.__cause__ = error
+            failures.append(failure)
         else:
             return backend, report
     if listed:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from functools import cached_property
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,6 @@ from layerscope.models.backends.huggingface.hooks import (
     Point,
     Recorder,
     Resume,
-    Stop,
     installed,
     running,
     stopping_after,
@@ -103,12 +101,8 @@ class HuggingFaceBackend:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(plan.gradients))
             if plan.start is not None:
-                size = self._tuple_size
-                stack.enter_context(
-                    self._resume.at(
-                        recorder, plan.start.layer, plan.start.residual, tuple_size=size
-                    )
-                )
+                resume = self._resume.at(recorder, plan.start.layer, plan.start.residual)
+                stack.enter_context(resume)
             stack.enter_context(running(recorder))
             stack.enter_context(installed(recorder, points))
             stack.enter_context(stopping_after(recorder, last))
@@ -178,29 +172,6 @@ class HuggingFaceBackend:
             logits = logits * self.structure.logit_scale
         cap = self.structure.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    @cached_property
-    def _tuple_size(self) -> int:
-        """Length of the tuple that blocks return, 0 when they return a tensor.
-
-        Asked once, of one token and no further than the first block.
-        """
-        sizes: list[int] = []
-
-        def look(_module: nn.Module, _args: Any, output: Any) -> None:
-            sizes.append(len(output) if isinstance(output, tuple) else 0)
-            raise Stop
-
-        handle = self.structure.blocks[0].whole.module.register_forward_hook(look)
-        try:
-            with torch.no_grad(), running(None), suppress(Stop):
-                self.structure.base(
-                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device),
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
-        return sizes[0]
 
 
 def _info(model: PreTrainedModel, structure: Structure) -> ModelInfo:

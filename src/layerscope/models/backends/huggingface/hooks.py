@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -216,17 +217,14 @@ class Resume:
         self._lock = threading.Lock()
         self._first_block: dict[object, int] = {}
         self._undo: list[Callable[[], None]] = []
+        # What blocks return, learned by computing one the first time: 0 for a tensor.
+        self._tuple_size: int | None = None
 
     @contextmanager
-    def at(self, run: object, layer: int, residual: Tensor, *, tuple_size: int) -> Generator[None]:
-        """Hand block `layer` the stored residual, in the pass of `run` alone.
-
-        Args:
-            run: the run.
-            layer: first block to compute.
-            residual: [batch, pos, d_model].
-            tuple_size: length of the tuple that blocks return; 0 when they return a tensor.
-        """
+    def at(
+        self, run: object, layer: int, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Generator[None]:
+        """Hand block `layer` the stored residual, in the pass of `run` alone."""
 
         def replace_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if _running.get() is not run:
@@ -238,19 +236,19 @@ class Resume:
             replace_input, with_kwargs=True, prepend=True
         )
         try:
-            self._enter(run, layer, tuple_size)
+            self._enter(run, layer)
             yield
         finally:
             self._leave(run)
             handle.remove()
 
-    def _enter(self, run: object, layer: int, tuple_size: int) -> None:
+    def _enter(self, run: object, layer: int) -> None:
         with self._lock:
             first = not self._first_block
             self._first_block[run] = layer
             if first:
                 for index, block in enumerate(self._blocks):
-                    self._stand_in(index, block, tuple_size)
+                    self._stand_in(index, block)
 
     def _leave(self, run: object) -> None:
         with self._lock:
@@ -259,15 +257,17 @@ class Resume:
                 while self._undo:
                     self._undo.pop()()
 
-    def _stand_in(self, index: int, block: nn.Module, tuple_size: int) -> None:
+    def _stand_in(self, index: int, block: nn.Module) -> None:
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             run = _running.get()
             if run is None or index >= self._first_block.get(run, 0):
                 return original(*args, **kwargs)
+            if self._tuple_size is None:
+                self._tuple_size = _tuple_size(original(*args, **kwargs))
             passed = _first_tensor(args, kwargs)
-            return (passed, *[None] * (tuple_size - 1)) if tuple_size else passed
+            return (passed, *[None] * (self._tuple_size - 1)) if self._tuple_size else passed
 
         if "forward" in block.__dict__:  # someone else's stand-in (accelerate's, say) comes back
             self._undo.append(lambda: setattr(block, "forward", original))
@@ -285,8 +285,8 @@ def _input_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., A
             recorder.visit(site, value)
             return None
         if point.shared:
-            # Edit a copy, then write it back: what an edit may save for gradients stays intact.
-            value.copy_(recorder.visit(site, value.clone()))
+            # In place: the skip connection holds the same tensor. Nothing but the two reads it.
+            value.copy_(recorder.visit(site, value))
             return None
         return _with_input(args, kwargs, recorder.visit(site, value))
 
@@ -307,6 +307,10 @@ def _output_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., 
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     return hook
+
+
+def _tuple_size(output: Any) -> int:
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
