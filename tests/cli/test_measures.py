@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerscope.cli.app import run
+from support.shared import shared_path
+from support.tables import synthetic_table
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    path = tmp_path / "output-synthetic-layers.parquet"
+    synthetic_table().write_parquet(path)
+    return path
+
+
+def published(name: str = "gemma-2-9b") -> tuple[str, str]:
+    stem = f"output-{name}-pure-next-token"
+    return tuple(str(shared_path("published", stem + end)) for end in (".csv", "-rawlens.csv"))  # type: ignore[return-value]
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert run(["measures", *words, "--json"]) == 0
+    out = capsys.readouterr()
+    assert out.err == ""
+    return json.loads(out.out, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
+
+
+def test_json_of_a_parquet_table(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = as_json(capsys, str(parquet))
+    base = document["passes"][document["baseline"]]
+    assert document["model"] == "synthetic"
+    assert document["L_semantic"] == base["L_semantic"] == 3
+    assert document["first_kl_below_0.5"] == base["first_kl_below_0.5"]
+    assert len(document["passes"]) == 10
+
+
+def test_thresholds_from_the_command_line(
+    parquet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = as_json(capsys, str(parquet))
+    strict = as_json(capsys, str(parquet), "--copy-threshold", "0.999")
+    assert (plain["L_copy"], strict["L_copy"]) == (0, None)
+    wide = as_json(capsys, str(parquet), "--copy-margin", "1.0")
+    assert wide["L_copy"] is None
+    soft = as_json(capsys, str(parquet), "--copy-soft-thresh", "0.7")
+    assert (plain["milestones"]["L_copy_soft_k1"]["lost"]) == [2]
+    assert (soft["milestones"]["L_copy_soft_k1"]["lost"]) == [1]
+    ks = as_json(capsys, str(parquet), "--copy-soft-window-ks", "1,4")
+    assert list(ks["L_copy_soft"]) == ["1", "4"]
+    assert ks["config"]["copy_soft_window_ks"] == [1, 4]
+
+
+def test_summary_for_people(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["measures", str(parquet)]) == 0
+    text = capsys.readouterr().out
+    for words in ("synthetic", "Milestones of Germany→Berlin", "L_semantic", "Checks", "control"):
+        assert words in text
+
+
+@pytest.mark.golden
+def test_published_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    table, rawlens = published()
+    document = as_json(capsys, table, "--rawlens", rawlens)
+    assert document["L_copy"] == 0
+    assert document["L_semantic"] == 42
+    assert document["first_kl_below_0.5"] is None
+    assert document["semantic_gate"]["L_semantic_strong"] == 42
+    assert document["copy_thresholds"]["stability"] == "stable"
+    assert document["raw_lens_full"]["score"]["tier"] == "high"
+    alone = as_json(capsys, table)
+    assert alone["raw_lens_full"] is None
+    assert alone["L_semantic"] == 42
+
+
+@pytest.mark.golden
+def test_published_flags_cannot_be_loosened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["measures", published()[0], "--copy-threshold", "0.6"]) == 2
+    assert "cannot be recomputed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.parquet"], "is not a file"),
+        (["{parquet}", "--rawlens", "{parquet}"], "goes with a published CSV"),
+        (["{parquet}", "--rawlens", "nowhere.csv"], "is not a file"),
+        (["{parquet}", "--copy-threshold", "1.5"], "must be in"),
+        (["{parquet}", "--copy-threshold", "nan"], "must be in"),
+        (["{parquet}", "--copy-soft-window-ks", "1,two"], "not a list of whole numbers"),
+        (["{parquet}", "--copy-soft-window-ks", "0"], "at least 1"),
+        (["{text}"], "not a readable Parquet"),
+        (["{csv}"], "lacks the column"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str],
+    message: str,
+    parquet: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, csv = tmp_path / "x.parquet", tmp_path / "x.csv"
+    text.write_text("layer,pos\n1,2\n")
+    csv.write_text("layer,pos\n1,2\n")
+    names = {"parquet": str(parquet), "text": str(text), "csv": str(csv)}
+    assert run(["measures", *(word.format(**names) for word in words), "--json"]) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", out.err)
+    assert message in out.err
