@@ -70,6 +70,13 @@ class Job:
         return None
 
     @property
+    def n_likely(self) -> int:
+        """How many of the most likely tokens any part of the request needs."""
+        request = self.request
+        wanted = max(request.top_k, request.overlap_k, 2 if request.gap else 0)
+        return min(wanted, self.unembedding.d_vocab)
+
+    @property
     def given_logits(self) -> Float[Tensor, "ref vocab"] | None:
         """Reference logits that were passed in, if they were."""
         return None if self.reference is None else self.reference.logits

@@ -124,7 +124,7 @@ def compare(
         others: the rows they are compared with.
         request: which divergences.
         difference: scratch; may be `z` itself, which is then overwritten.
-        mixture: scratch, distinct from all others.
+        mixture: scratch; may be `p` itself, which is then overwritten.
 
     Returns:
         ``p_difference`` sum of p (z - z'); ``q_difference`` sum of q (z - z'); ``dot`` sum of
@@ -143,7 +143,7 @@ def compare(
         log2(mixture, out=difference)
         sums["mixture"] = difference.mul_(mixture).sum(-1)
     if request.l1:
-        sums["overlap"] = torch.minimum(mixture, others.q * 2.0, out=difference).sum(-1)
+        sums["overlap"] = torch.minimum(mixture, others.q * 2.0, out=mixture).sum(-1)
     return sums
 
 

@@ -24,8 +24,8 @@ MIN_GROUP = 4  # two rows and their counterparts in the other lens
 # Rows of logits of scratch per row that is being worked on (see `passes`): exponentials, one or two
 # buffers, copies of what rows are compared with.
 SCRATCH = 4
-_WORKING_SET = 1 << 21  # logits worked on at a time: with their scratch they stay in a shared cache
-_TILE_ROWS = 416  # more rows per product gain nothing on a CPU
+_WORKING_SET = 1 << 20  # logits worked on at a time: with their scratch they stay in a shared cache
+_TILE_ROWS = 208  # more rows per product gain nothing on a CPU
 _TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 
@@ -97,7 +97,8 @@ class Budget:
     def worked_on(self, n_slots: int) -> int:
         """Return how many groups of `n_slots` the passes work on at a time."""
         wanted = max(n_slots, min(_WORKING_SET // self.d_vocab, self.group))
-        return wanted // n_slots
+        groups = wanted // n_slots
+        return groups - groups % 2 if groups > 1 else groups  # two threads share groups evenly
 
     def in_tile(self, n_slots: int) -> int:
         """Return how many groups of `n_slots` make a tile."""

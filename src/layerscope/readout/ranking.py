@@ -2,57 +2,148 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_BLOCK = 64  # tokens per block; one pass finds every block's maximum
+_LONGEST_BLOCK = 64
+_CROWDED = 32  # times k: with more candidates than this a row is sorted in full
 
 
-def top_k(
-    logits: Float[Tensor, "row vocab"], k: int
-) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """Return the k largest logits and their ids, largest first, ties by lowest id.
+def block_length(d_vocab: int, k: int) -> int:
+    """Return how many tokens share a block maximum when k tokens are looked for."""
+    length = _LONGEST_BLOCK
+    while length > 1 and d_vocab // length < 5 * k:
+        length //= 2
+    return length
 
-    The k largest entries lie in the k blocks with the largest maxima, so that only those are
-    searched. Rows where a tie at the edge leaves that open are sorted in full.
+
+def block_maxima(logits: Float[Tensor, "*row vocab"], length: int) -> Float[Tensor, "*row block"]:
+    """Return the largest logit of every `length` tokens; the last block may be short."""
+    whole = logits.shape[-1] // length
+    maxima = logits[..., : whole * length].unflatten(-1, (whole, length)).amax(-1)
+    if whole * length == logits.shape[-1]:
+        return maxima
+    rest = logits[..., whole * length :].amax(-1, keepdim=True)
+    return torch.cat((maxima, rest), dim=-1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every logit that may be among the k largest of its row.
+
+    Attributes:
+        rows, ids, values: the logits, ordered by row and then by id.
+        n_rows: number of rows.
     """
-    n_blocks = logits.shape[1] // _BLOCK
-    if n_blocks < 2 * (k + 1):
-        values, ids = torch.topk(logits, k, dim=-1)
-        crowded = (logits >= values[:, -1:]).sum(-1) > k
-    else:
-        values, ids, crowded = _search_blocks(logits, k, n_blocks)
-    values, ids = _order(values, ids)
-    rows = crowded.nonzero().flatten()
-    if rows.numel():
-        exact, order = torch.sort(logits[rows], dim=-1, descending=True, stable=True)
-        values[rows], ids[rows] = exact[:, :k], order[:, :k]
-    return values, ids
+
+    rows: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    n_rows: int
+
+    @staticmethod
+    def join(parts: Sequence[Candidates]) -> Candidates:
+        """Append the rows of several parts."""
+        offsets = itertools.accumulate((part.n_rows for part in parts), initial=0)
+        rows = [part.rows + offset for part, offset in zip(parts, offsets, strict=False)]
+        return Candidates(
+            torch.cat(rows),
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.values for part in parts]),
+            sum(part.n_rows for part in parts),
+        )
+
+    def largest(self, k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+        """Return the k largest of every row and their ids, ties by lowest id.
+
+        A row with fewer candidates (one with NaN) is filled up with -inf and id 0.
+        """
+        count = torch.bincount(self.rows, minlength=self.n_rows)
+        place = torch.arange(len(self.rows), device=count.device)
+        place = place - (count.cumsum(0) - count)[self.rows]
+        values = self.values.new_full((self.n_rows, max(k, int(count.max()))), -torch.inf)
+        ids = self.ids.new_zeros(values.shape)
+        values[self.rows, place], ids[self.rows, place] = self.values, self.ids
+        # They come in the order of their ids, so that a stable sort leaves the lowest first.
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], ids.gather(1, order[:, :k])
 
 
-def _search_blocks(logits: Tensor, k: int, n_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-    body, tail = logits.split([n_blocks * _BLOCK, logits.shape[1] - n_blocks * _BLOCK], dim=1)
-    blocks = body.unflatten(1, (n_blocks, _BLOCK))
-    # One block more than needed: its maximum bounds everything that is not searched.
-    maxima, chosen = torch.topk(blocks.amax(-1), k + 1, dim=-1, sorted=False)
-    row = torch.arange(logits.shape[0], device=logits.device)[:, None]
-    candidates = torch.cat((blocks[row, chosen].flatten(1), tail), dim=1)
-    values, found = torch.topk(candidates, k, dim=-1)
-    block = torch.div(found, _BLOCK, rounding_mode="floor")
-    in_tail = block > k
-    start = chosen.gather(1, block.clamp_max(k)) * _BLOCK
-    ids = torch.where(in_tail, found - (k + 1 - n_blocks) * _BLOCK, start + found % _BLOCK)
-    edge = values[:, -1:]
-    crowded = (maxima.amin(-1, keepdim=True) == edge)[:, 0] | ((candidates >= edge).sum(-1) > k)
-    return values, ids, crowded
+def candidates(
+    logits: Float[Tensor, "row vocab"], maxima: Float[Tensor, "row block"], k: int
+) -> Candidates:
+    """Find all logits that may be among the k largest of their rows, ties included.
+
+    The block maxima give a bound that at least k logits reach; only the blocks that reach it are
+    searched.
+
+    Args:
+        logits: at least k columns.
+        maxima: their `block_maxima` for `block_length(vocab, k)`.
+        k: how many are looked for.
+    """
+    n_rows = logits.shape[0]
+    if maxima.shape[1] < k:
+        return _sorted(logits, k)
+    bound = _bound(maxima, k)
+    rows, ids, values = _reaching(logits, maxima >= bound, bound, block_length(logits.shape[1], k))
+    if len(rows) <= _CROWDED * k:
+        return Candidates(rows, ids, values, n_rows)
+    crowded = torch.bincount(rows, minlength=n_rows) > _CROWDED * k
+    which = crowded.nonzero().flatten()
+    if not which.numel():
+        return Candidates(rows, ids, values, n_rows)
+    kept, exact = ~crowded[rows], _sorted(logits[which], k)
+    rows, order = torch.cat((rows[kept], which[exact.rows])).sort(stable=True)
+    return Candidates(
+        rows,
+        torch.cat((ids[kept], exact.ids))[order],
+        torch.cat((values[kept], exact.values))[order],
+        n_rows,
+    )
 
 
-def _order(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort by value, largest first, then by id."""
-    ids, by_id = ids.sort(dim=-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, by_value)
+def _sorted(logits: Float[Tensor, "row vocab"], k: int) -> Candidates:
+    """Return exactly the k largest of every row, by a full sort."""
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(ids.shape[1])
+    return Candidates(rows, ids.flatten(), logits.gather(1, ids).flatten(), len(logits))
+
+
+def _bound(maxima: Float[Tensor, "row block"], k: int) -> Float[Tensor, "row 1"]:
+    """Return a value that at least k blocks reach, close to the k-th largest maximum."""
+    # Groups of blocks from all over the vocabulary: tokens with neighbouring ids, which are often
+    # likely together, fall into different groups.
+    depth = max(1, maxima.shape[1] * 2 // (5 * k))
+    groups = maxima.shape[1] // depth
+    best = maxima[:, : depth * groups].unflatten(1, (depth, groups)).amax(1)
+    return torch.topk(best, k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _reaching(
+    logits: Float[Tensor, "row vocab"],
+    searched: Bool[Tensor, "row block"],
+    bound: Float[Tensor, "row 1"],
+    length: int,
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return (rows, ids, values) of all logits that reach the bound, by row and then by id."""
+    whole = logits.shape[1] // length
+    rows, blocks = searched[:, :whole].nonzero(as_tuple=True)
+    members = logits[:, : whole * length].unflatten(1, (whole, length))[rows, blocks]
+    entry, within = (members >= bound[rows]).nonzero(as_tuple=True)
+    rows, ids, values = rows[entry], blocks[entry] * length + within, members[entry, within]
+    if whole * length == logits.shape[1]:
+        return rows, ids, values
+    rest = logits[:, whole * length :]
+    more_rows, more = (rest >= bound).nonzero(as_tuple=True)
+    rows, order = torch.cat((rows, more_rows)).sort(stable=True)
+    ids = torch.cat((ids, more + whole * length))[order]
+    return rows, ids, torch.cat((values, rest[more_rows, more]))[order]
 
 
 def jaccard(left: Int[Tensor, "row k"], right: Int[Tensor, "row k"]) -> Float[Tensor, " row"]:

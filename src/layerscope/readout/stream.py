@@ -7,14 +7,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerscope.products import ProductChoice, Products, choose
-from layerscope.products import products as product_scope
-from layerscope.readout import finish, geometry
-from layerscope.readout.job import BITS, Job
+from layerscope.readout import finish, geometry, logits, ranking
+from layerscope.readout.job import Job
 from layerscope.readout.part import Part
 from layerscope.readout.plan import Budget, Tile, plan
 from layerscope.readout.request import Reference, Request, TokenSets
 from layerscope.readout.result import Collector, Readout
-from layerscope.readout.unembedding import Unembedding, as_float32
+from layerscope.readout.unembedding import Unembedding, untransformed
 
 
 @torch.no_grad()
@@ -89,37 +88,50 @@ class _Stream:
             for tile in tiles
         )
         n_tile = max(tile.slots.numel() for tile in tiles)
+        self.block_length = ranking.block_length(d_vocab, job.n_likely)
         self.logits = torch.empty(n_tile * d_vocab, device=device)
-        self.scratch = torch.empty(3 if tiles[0].paired else 2, worked_on * d_vocab, device=device)
+        self.scratch = torch.empty(3 if tiles[0].paired else 1, worked_on * d_vocab, device=device)
 
     def read(self, tile: Tile, collector: Collector) -> None:
         """Unembed one tile and collect its raw sums."""
+        job, d_vocab = self.job, self.job.unembedding.d_vocab
         n_groups, n_slots = tile.slots.shape
         slots = tile.slots.to(self.logits.device)
-        vectors = self.job.vectors(slots.flatten())
-        z = self.logits[: slots.numel() * self.job.unembedding.d_vocab]
-        z = z.view(n_groups, n_slots, -1)
-        self._multiply(vectors, z.view(slots.numel(), -1))
-        own = slots[:, : tile.n_out].flatten()
+        own = slots[:, : tile.n_out]
+        vectors = job.vectors(slots.flatten())
+        flat = self.logits[: slots.numel() * d_vocab].view(-1, d_vocab)
+        logits.multiply(
+            job, vectors, out=flat, tokens_at_a_time=self.budget.slice, products=self.products
+        )
+        z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
-        raw = geometry.cosines(self.job, own, mine)
-        raw["broken"] = ~mine.isfinite().all(-1)
-        collector.add(own, raw)
+        collector.add(own.flatten(), geometry.cosines(job, own.flatten(), mine))
+        raw = logits.to_logits(job, tile, slots, z)
+        raw.update(logits.look_up(job, own, z[:, : tile.n_out]))
+        # 0 times anything finite is 0; times NaN or infinity it is NaN.
+        raw["broken"] = (mine * 0.0).sum(-1).ne(0.0).view(own.shape)
+        candidates: list[ranking.Candidates] = []
         step = self.budget.worked_on(n_slots)
         for first in range(0, n_groups, step):
             part = slice(first, first + step)
-            rows = slots[part, : tile.n_out].flatten()
-            sums = Part(self.job, tile, slots[part], z[part], self.scratch).sums()
-            collector.add(rows, {name: value.flatten(0, 1) for name, value in sums.items()})
+            maxima = ranking.block_maxima(z[part], self.block_length)
+            if job.n_likely:
+                rows = (z[part].flatten(0, 1), maxima.flatten(0, 1))
+                candidates.append(ranking.candidates(*rows, job.n_likely))
+            sums = Part(
+                job.request,
+                tile,
+                z[part],
+                maxima.amax(-1),
+                bare=untransformed(job.unembedding),
+                scratch=self.scratch,
+            ).sums(raw["token_z"][part] if "token_z" in raw else None)
+            collector.add(own[part].flatten(), _flattened(sums))
+        if candidates:
+            joined = ranking.Candidates.join(candidates)
+            raw.update(logits.most_likely(job, tile, own, joined))
+        collector.add(own.flatten(), _flattened(raw))
 
-    def _multiply(self, vectors: Tensor, out: Tensor) -> None:
-        """Write the bare products, in bits, converting low-precision weights slice by slice."""
-        weight = self.job.unembedding.weight.detach()
-        vectors = vectors * BITS
-        with product_scope(self.products):
-            if weight.dtype == torch.float32:
-                torch.mm(vectors, weight.T, out=out)
-                return
-            for first in range(0, weight.shape[0], self.budget.slice):
-                part = slice(first, first + self.budget.slice)
-                torch.mm(vectors, as_float32(weight[part]).T, out=out[:, part])
+
+def _flattened(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.flatten(0, 1) for name, value in values.items()}

@@ -1,0 +1,121 @@
+"""One tile of logits: the product, the head's transforms, and what is looked up in it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layerscope.products import ProductChoice
+from layerscope.products import products as product_scope
+from layerscope.readout import ranking
+from layerscope.readout.job import BITS, Job
+from layerscope.readout.plan import Tile
+from layerscope.readout.unembedding import as_float32, untransformed
+
+
+def multiply(
+    job: Job,
+    vectors: Float[Tensor, "slots d_model"],
+    *,
+    out: Float[Tensor, "slots vocab"],
+    tokens_at_a_time: int,
+    products: ProductChoice,
+) -> None:
+    """Write the bare products, in bits, converting low-precision weights slice by slice."""
+    weight = job.unembedding.weight.detach()
+    in_bits = vectors * BITS
+    with product_scope(products):
+        if weight.dtype == torch.float32:
+            torch.mm(in_bits, weight.T, out=out)
+            return
+        for first in range(0, weight.shape[0], tokens_at_a_time):
+            part = slice(first, first + tokens_at_a_time)
+            torch.mm(in_bits, as_float32(weight[part]).T, out=out[:, part])
+
+
+def partners(tile: Tile) -> dict[str, slice]:
+    """Return the slots with which a tile's rows are compared, by name."""
+    found: dict[str, slice] = {}
+    if tile.paired:
+        found["against"] = slice(tile.n_out, 2 * tile.n_out)
+    if tile.reference is not None:
+        found["reference"] = slice(tile.reference, tile.reference + 1)
+    return found
+
+
+def to_logits(
+    job: Job, tile: Tile, slots: Int[Tensor, "group slot"], z: Float[Tensor, "group slot vocab"]
+) -> dict[str, Tensor]:
+    """Turn bare products into logits, in place.
+
+    Returns:
+        Where the head transforms its products, the sums [group, row] behind cosines of the bare
+        ones: ``square``, and ``square`` and ``dot`` of every partner. Otherwise nothing: the
+        cosines can be had later.
+    """
+    if untransformed(job.unembedding):
+        _take_given_logits(job, tile, slots, z)
+        return {}
+    raw = _cosine_sums(job, tile, z) if job.request.cosine else {}
+    job.unembedding.transform(z, unit=BITS)
+    _take_given_logits(job, tile, slots, z)
+    return raw
+
+
+def _cosine_sums(job: Job, tile: Tile, z: Tensor) -> dict[str, Tensor]:
+    n = tile.n_out
+    squares = torch.linalg.vector_norm(z, dim=-1).square()
+    raw = {"square": squares[:, :n]}
+    for name, partner in partners(tile).items():
+        if name == "reference" and job.given_logits is not None:
+            continue  # logits that were given cannot be undone to bare products
+        raw[f"{name}.square"] = squares[:, partner].expand(-1, n)
+        raw[f"{name}.dot"] = torch.linalg.vecdot(z[:, :n], z[:, partner])
+    return raw
+
+
+def _take_given_logits(job: Job, tile: Tile, slots: Tensor, z: Tensor) -> None:
+    given, slot = job.given_logits, tile.reference
+    if given is not None and slot is not None:
+        torch.mul(given[slots[:, slot] - job.n_rows].to(z), BITS, out=z[:, slot])
+
+
+def look_up(
+    job: Job, own: Int[Tensor, "group row"], z: Float[Tensor, "group row vocab"]
+) -> dict[str, Tensor]:
+    """Return the logits of given tokens and sets, of the caller's rows."""
+    raw: dict[str, Tensor] = {}
+    if job.tokens is not None:
+        raw["token_z"] = z.gather(-1, job.tokens.to(z.device)[own].clamp_min(0))
+    if job.sets is not None:
+        members = _members(job, own)
+        raw["set_z"] = z.gather(-1, members.flatten(2)).view(members.shape)
+    return raw
+
+
+def most_likely(
+    job: Job,
+    tile: Tile,
+    own: Int[Tensor, "group row"],
+    candidates: ranking.Candidates,
+) -> dict[str, Tensor]:
+    """Return the most likely tokens of the caller's rows, and which set members are among them."""
+    request, n = job.request, tile.n_out
+    top_z, top_ids = (
+        part.unflatten(0, tile.slots.shape) for part in candidates.largest(job.n_likely)
+    )
+    raw = {"top_z": top_z[:, :n], "top_ids": top_ids[:, :n]}
+    if request.overlap_k:
+        if tile.paired:
+            raw["against.top_ids"] = top_ids[:, n : 2 * n]
+        if job.sets is not None:
+            likeliest = raw["top_ids"][:, :, None, None, : request.overlap_k]
+            raw["set_listed"] = (_members(job, own)[..., None] == likeliest).any(-1)
+    return raw
+
+
+def _members(job: Job, own: Int[Tensor, "group row"]) -> Int[Tensor, "group row n_sets longest"]:
+    assert job.sets is not None
+    which = job.sets.index.to(own.device)[own].clamp_min(0)
+    return job.sets.ids.to(own.device)[which].clamp_min(0)
