@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,7 +178,7 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
             result = LayersResult(
                 LayersTable.read_parquet(table),
                 store.result(run.id, "summary"),
-                info.provenance or {},
+                dict(info.provenance or {}),
             )
             return ModelOutcome(model, "finished", run_id=run.id, result=result)
         with _progress(planned.model.name) as progress:
@@ -193,7 +193,7 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Progress | None]:
+def _progress(name: str) -> Generator[Progress | None]:
     """Show a bar with the time left on a terminal; stay quiet in a pipe."""
     screen = console(stderr=True)
     if not screen.is_terminal:

@@ -14,6 +14,7 @@ from layerscope.experiments.layers.prompts import Pass
 from layerscope.measures.table import SCHEMA_VERSION
 from layerscope.models import LanguageModel
 from layerscope.models.answers import AnswerAlignment, align_answer
+from layerscope.models.prompts import encode_plain
 from layerscope.models.vocabulary import is_ignorable
 
 BYTES_PER_VALUE = 4  # residuals are decoded in float32
@@ -64,7 +65,7 @@ def _prepare_one(model: LanguageModel, source: Pass, strings: Sequence[str]) -> 
     foil_id = None
     if source.foil is not None:
         foil_id = align_answer(model.tokenizer, source.text, source.foil).first_id
-    prompt_ids = tuple(model.tokenizer(source.text, add_special_tokens=False)["input_ids"])
+    prompt_ids, _ = encode_plain(model.tokenizer, source.text)
     start = model.tokenize([source.text]).row_ids(0)
     sequence = (*start, *alignment.ids[:-1])
     if model.n_ctx is not None and len(sequence) > model.n_ctx:

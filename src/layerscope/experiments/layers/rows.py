@@ -156,7 +156,7 @@ def prompt_info(
     )
 
 
-def _head(logits: Float[Tensor, " vocab"], strings: Sequence[str], answer: int) -> HeadInfo:
+def _head(logits: Float[Tensor, " vocab"], strings: Sequence[str], answer: int | None) -> HeadInfo:
     log_probs = logits.double().log_softmax(-1).cpu()
     probs = log_probs.exp()
     top = probs.topk(min(HEAD_TOP, probs.numel()))
@@ -166,8 +166,8 @@ def _head(logits: Float[Tensor, " vocab"], strings: Sequence[str], answer: int) 
         top_ids=tuple(ids),
         top_tokens=tuple(strings[token] for token in ids),
         top_probs=tuple(float(value) for value in top.values),
-        p_answer=float(probs[answer]),
-        answer_rank=1 + int((logits > logits[answer]).sum()),
+        p_answer=None if answer is None else float(probs[answer]),
+        answer_rank=None if answer is None else 1 + int((logits > logits[answer]).sum()),
     )
 
 

@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 class UnitStore(Protocol):
     """Where finished work units are kept, so that a killed run goes on where it stopped."""
 
-    def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any]] | None:
+    def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any] | None] | None:
         """Return a finished unit's rows and payload, or None."""
         ...
 
@@ -142,9 +142,8 @@ def _unit(
     decoder: BatchDecoder, unit: WorkUnit, units: UnitStore | None
 ) -> tuple[pl.DataFrame, list[PromptInfo]]:
     kept = units.get_unit(unit.key) if units is not None else None
-    if kept is not None:
-        frame, payload = kept
-        return frame, [prompt_from_dict(entry) for entry in payload["prompts"]]
+    if kept is not None and kept[1] is not None:
+        return kept[0], [prompt_from_dict(entry) for entry in kept[1]["prompts"]]
     frame, infos = decoder.decode(unit.passes)
     if units is not None:
         units.put_unit(unit.key, frame, {"prompts": [asdict(info) for info in infos]})
