@@ -125,6 +125,12 @@ def test_fields_at_the_onset() -> None:
     assert values["cos_milestones"] == {"norm": {"ge_0.2": None, "ge_0.4": None, "ge_0.6": None}}
 
 
+def test_margin_at_the_onset_is_inclusive() -> None:
+    exact = 0.002 + 1 / D_VOCAB
+    values = fields(None, answer_rank=[9, 1], p_answer=[0.1, exact])
+    assert values["semantic_margin"]["margin_ok_at_L_semantic_norm"] is True
+
+
 def test_confirmed_with_margin_only_where_both_are_the_same_layer() -> None:
     values = fields(1, answer_rank=[9, 1, 1], p_answer=[0.1, 0.0015, 0.7])
     assert values["semantic_margin"]["L_semantic_confirmed_margin_ok_norm"] is None

@@ -168,16 +168,18 @@ def confirmed_semantics(
     result: dict[str, Any] = {"L_semantic_norm": layer}
     sources: list[str] = []
     for lens in CONFIRMING_LENSES:
-        part = others.get(lens)
-        hits = None if part is None else part.floats("answer_rank") == 1
-        result[f"L_semantic_{lens}"] = (
-            None if part is None or hits is None else first_true(hits, part.layers)
-        )
-        if part is not None and hits is not None and layer is not None:
-            near = np.abs(part.layers - layer) <= config.confirm_window
-            if (hits & near).any():
-                sources.append(lens)
-    source = {0: "none", 1: sources[0] if sources else "none", 2: "both"}[len(sources)]
+        result[f"L_semantic_{lens}"] = None
+        if lens not in others:
+            continue
+        part = others[lens]
+        hits = part.floats("answer_rank") == 1
+        result[f"L_semantic_{lens}"] = first_true(hits, part.layers)
+        if (
+            layer is not None
+            and (hits & (np.abs(part.layers - layer) <= config.confirm_window)).any()
+        ):
+            sources.append(lens)
+    source = "both" if len(sources) == 2 else sources[0] if sources else "none"
     return result | {
         "Δ_window": config.confirm_window,
         "L_semantic_confirmed": layer if sources else None,
