@@ -383,8 +383,8 @@ def norm_choice(evidence: Evidence) -> Iterator[Reason]:
 RULES: tuple[Rule, ...] = (
     numeric,
     last_row,
-    control,
     wrong_answers,
+    control,
     alignment,
     confirmation,
     artefact,
