@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from layerscope.cli.app import run
@@ -61,6 +63,20 @@ def test_summary_for_people(parquet: Path, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for words in ("synthetic", "Milestones of Germany→Berlin", "L_semantic", "Checks", "control"):
         assert words in text
+
+
+def test_keys_are_text_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = synthetic_table(n_layers=3, n_facts=1)
+    key = "[/b] [bold]x"
+    prompts = tuple(
+        replace(prompt, fact_key=key) if prompt.fact_key else prompt
+        for prompt in table.meta.prompts
+    )
+    rows = table.rows.with_columns(pl.lit(key).alias("fact_key"))
+    path = tmp_path / "x.parquet"
+    replace(table, rows=rows, meta=replace(table.meta, prompts=prompts)).write_parquet(path)
+    assert run(["measures", str(path)]) == 0
+    assert f"Milestones of {key}" in capsys.readouterr().out
 
 
 @pytest.mark.golden

@@ -15,7 +15,9 @@ def print_milestones(
 ) -> None:
     """Print the baseline's milestones (first, stable, lost) and the checks of the run."""
     base: dict[str, Any] = summary["passes"][summary["baseline"]]
-    table = Table(title=f"Milestones of {_fact(base)}", title_justify="left", show_edge=False)
+    # Keys are the user's text, never markup.
+    title = Text(f"Milestones of {_fact(base)}")
+    table = Table(title=title, title_justify="left", show_edge=False)
     for header in ("milestone", "meaning"):
         table.add_column(header)
     for header in ("first", "stable", "lost at", "depth"):
@@ -28,7 +30,9 @@ def print_milestones(
         more = " …" if len(found["lost"]) > 4 else ""
         cells = (name, meaning, _cell(found["first"]), _cell(found["stable"]), lost + more)
         table.add_row(*(Text(cell) for cell in cells), Text(_cell(found["fraction"])))
+    out.print()
     out.print(table)
+    out.print()
     checks = Table(title="Checks", title_justify="left", show_edge=False, show_header=False)
     checks.add_column()
     checks.add_column()
