@@ -19,6 +19,7 @@ from layerscope.cli.app import build, run
 from layerscope.measures import guidance_rules
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.table import ROW_SCHEMA
+from layerscope.models.identities import STATEMENTS
 from support.shared import REPOSITORY
 from support.tiny_models import tiny, tiny_tokenizer
 
@@ -123,6 +124,11 @@ def test_every_column_of_the_table_has_its_line() -> None:
     section = text.split("\n## The table\n")[1].split("\n## ")[0]
     cells = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
     assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(ROW_SCHEMA)
+
+
+def test_every_identity_is_explained() -> None:
+    text = (DOCS / "models.md").read_text("utf-8")
+    assert [name for name in STATEMENTS if f"| `{name}` |" not in text] == []
 
 
 def test_every_threshold_is_defined(definitions: set[str]) -> None:
