@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from layerscope.measures.config import MeasureConfig
 from layerscope.measures.guidance import rank, trust_of
 from layerscope.measures.guidance_rules import Reason
 from layerscope.measures.summary import summarise
@@ -42,9 +43,14 @@ def sound_table() -> LayersTable:
     return LayersTable(rows=rows, meta=table.meta)
 
 
-def guidance(change: Change | None = None) -> dict[str, Any]:
+def guidance(change: Change | None = None, config: MeasureConfig | None = None) -> dict[str, Any]:
     table = sound_table()
-    return summarise(change(table) if change else table).to_dict()["measurement_guidance"]
+    summary = summarise(change(table) if change else table, config).to_dict()
+    return summary["measurement_guidance"]
+
+
+def codes(result: dict[str, Any]) -> list[str]:
+    return [entry["code"] for entry in result["reasons"]]
 
 
 def reason(code: str, change: Change) -> dict[str, Any]:
@@ -122,6 +128,7 @@ def test_last_row_that_is_not_the_head() -> None:
     assert result["trust"] == "low"
     assert (result["prefer_ranks"], result["suppress_abs_probs"]) == (True, True)
     assert reason("last_row_inexact", last_row_kl(0.011))["severity"] == "low"
+    assert guidance(last_row_kl(0.01))["reasons"] == []
     assert guidance(last_row_kl(0.0007))["reasons"] == []  # rounding of a bf16 head
 
 
@@ -161,6 +168,8 @@ def test_a_model_that_does_not_answer() -> None:
         {"Germany→Berlin": 4},
     )
     assert reason("answer_not_final_top1", wrong(3))["severity"] == "high"
+    half = reason("answer_not_final_top1", lambda table: wrong(1)(first_facts(2)(table)))
+    assert half["severity"] == "high"
 
 
 def test_without_a_recorded_head_the_last_row_says_what_the_model_answers() -> None:
@@ -182,7 +191,7 @@ def test_onset_row_that_only_the_norm_lens_has() -> None:
     change = where(RAW & (pl.col("layer") == 8), answer_rank=2)
     entry = reason("norm_only_semantics_window", change)
     assert (entry["severity"], entry["evidence"]["n_facts"]) == ("low", 5)
-    assert [item["code"] for item in guidance(change)["reasons"]] == ["norm_only_semantics_window"]
+    assert codes(guidance(change)) == ["norm_only_semantics_window"]
 
 
 def test_a_single_lens() -> None:
@@ -199,6 +208,9 @@ def test_lenses_that_disagree_along_the_depth() -> None:
     assert entry["evidence"]["median_score"] > 0.5
     few = where(NORM & (pl.col("layer") < 3), kl_norm_vs_raw_bits=2.0)
     assert guidance(few)["reasons"] == []
+    # A score of exactly one half is the middle tier still.
+    weights = MeasureConfig(score_weights=(0.5, 0.0, 0.0))
+    assert guidance(where(NORM, kl_norm_vs_raw_bits=2.0), weights)["reasons"] == []
 
 
 def test_an_answer_that_leads_near_chance() -> None:
@@ -252,16 +264,26 @@ def test_facts_that_disagree() -> None:
     change = where(early, answer_rank=1, p_answer=0.6)
     entry = reason("onset_varies", change)
     assert entry["evidence"]["iqr"] == [2, 8]
+    # A quarter of the depth (3 of 12 layers) is not wide.
+    narrow = where(
+        FACT & (pl.col("fact_index") < 2) & (pl.col("layer") >= 5), answer_rank=1, p_answer=0.6
+    )
+    assert guidance(narrow)["reasons"] == []
 
 
-def test_too_few_facts() -> None:
+def first_facts(count: int) -> Change:
     def apply(table: LayersTable) -> LayersTable:
         kept = tuple(
-            p for p in table.meta.prompts if p.prompt_id == "ctl" or (p.fact_index or 0) < 2
+            p for p in table.meta.prompts if p.prompt_id == "ctl" or (p.fact_index or 0) < count
         )
         return replace(table, meta=replace(table.meta, prompts=kept))
 
-    assert reason("few_facts", apply)["evidence"] == {"facts": 2}
+    return apply
+
+
+def test_too_few_facts() -> None:
+    assert reason("few_facts", first_facts(2))["evidence"] == {"facts": 2}
+    assert guidance(first_facts(3))["reasons"] == []
 
 
 def test_echo_of_the_prompt() -> None:

@@ -32,6 +32,7 @@ def test_delta_hat_prefers_strict_copy_then_the_earliest_soft() -> None:
     assert entry(24)["delta_hat"] is None
     assert entry(None, copy=0)["delta_hat"] is None
     assert entry(0, copy=0, n_layers=0)["delta_hat"] is None
+    assert entry(1, copy=0, n_layers=1)["delta_hat"] == 1.0
 
 
 def test_first_soft_window_need_not_be_there() -> None:

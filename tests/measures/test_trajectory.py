@@ -26,7 +26,9 @@ def test_slope_and_fit_of_exponential_growth() -> None:
 
 
 def test_flat_and_ragged_shapes() -> None:
-    assert trajectory(resid_norm=[2.0] * 5)["shape"] == "plateau"
+    part = hand_made_pass(resid_norm=[2.0] * 5)
+    flat = MeasureConfig(plateau_slope=0.0)  # inclusive
+    assert norm_trajectory(part, flat, semantic=None)["shape"] == "plateau"
     assert trajectory(resid_norm=[1.0, 9.0, 1.0, 9.0, 2.0, 9.0])["shape"] == "non_monotonic"
 
 
@@ -67,7 +69,9 @@ def test_a_lone_jump_in_an_otherwise_even_stack() -> None:
 
 
 def test_too_little_to_tell() -> None:
-    assert growth_spikes(np.array([1.0, 99.0, 1.0]), np.arange(3), CONFIG) == []
+    assert growth_spikes(np.array([1.0, 1.0, 99.0]), np.arange(3), CONFIG) == []
+    assert growth_spikes(np.array([1.0, 1.0, 1.0, 99.0]), np.arange(4), CONFIG) == [3]
     result = trajectory(resid_norm=[None, None])
     assert (result["slope"], result["r2"], result["shape"]) == (None, None, None)
+    assert trajectory(resid_norm=[1.0, math.e])["slope"] == pytest.approx(1.0)
     assert trajectory(resid_norm=[5.0], n_layers=1)["slope"] is None  # type: ignore[arg-type]

@@ -170,11 +170,7 @@ def artefact_score(
 
 def window_radius(sample: dict[str, Any], config: MeasureConfig) -> int:
     """Return the radius of the window: the wide one when the fact's own spot checks look risky."""
-    summary = sample["summary"]
-    largest = summary["max_kl_norm_vs_raw_bits"]
-    risky = summary["lens_artifact_risk"] == "high" or (
-        largest is not None and largest >= config.raw_kl_high_bits
-    )
+    risky = sample["summary"]["lens_artifact_risk"] == "high"
     return config.window_radius_high if risky else config.window_radius
 
 

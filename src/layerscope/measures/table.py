@@ -99,7 +99,7 @@ JACCARD_K = 50  # size of the token sets behind topk_jaccard_* and topk_prompt_m
 class HeadInfo:
     """What the model itself predicts after the last token of a prompt (its true head)."""
 
-    entropy_bits: float
+    entropy_bits: float | None
     top_ids: tuple[int, ...]
     top_tokens: tuple[str, ...]
     top_probs: tuple[float, ...]
@@ -112,14 +112,14 @@ class LastRowInfo:
     """How the last row of a lens compares with the model's head at the last position (bits)."""
 
     lens: str
-    kl_to_final_bits: float
-    top1_agree: bool
-    p_top1_lens: float
-    p_top1_model: float
+    kl_to_final_bits: float | None
+    top1_agree: bool | None
+    p_top1_lens: float | None
+    p_top1_model: float | None
     p_answer_lens: float | None
     answer_rank_lens: int | None
-    temp_est: float
-    kl_after_temp_bits: float
+    temp_est: float | None
+    kl_after_temp_bits: float | None
 
 
 @dataclass(frozen=True)

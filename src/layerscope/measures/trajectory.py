@@ -28,8 +28,7 @@ def growth_spikes(
         return []
     growth = np.diff(np.log(lengths + LENGTH_EPSILON))
     off = np.abs(growth - np.median(growth))
-    spread = np.median(off)
-    far = off > 0 if spread == 0 else MAD_TO_SIGMA * off / spread > config.growth_z
+    far = MAD_TO_SIGMA * off > config.growth_z * np.median(off)
     jumps = far & (off > np.log(config.growth_factor))
     return [int(layer) for layer in layers[1:][jumps]]
 
