@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerscope.experiments.layers import LayersConfig, LayersResult, PromptSet, analyze
     from layerscope.lenses import get_lens
-    from layerscope.measures import summarise
+    from layerscope.measures.summary import summarise
     from layerscope.measures.table import LayersTable
     from layerscope.models import LanguageModel, Prompt, Site, TokenBatch, load
     from layerscope.readout import readout
@@ -27,7 +27,7 @@ _HOMES: dict[str, str] = {
     "readout": "layerscope.readout",
     "get_lens": "layerscope.lenses",
     "LayersTable": "layerscope.measures.table",
-    "summarise": "layerscope.measures",
+    "summarise": "layerscope.measures.summary",
     "analyze": "layerscope.experiments.layers",
     "LayersConfig": "layerscope.experiments.layers",
     "LayersResult": "layerscope.experiments.layers",

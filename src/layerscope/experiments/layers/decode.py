@@ -296,17 +296,22 @@ class BatchDecoder:
         assert result.top_ids is not None and result.top_log2p is not None
         assert result.token_log2p is not None and result.token_rank is not None
         head_top = head_logits.softmax(-1).max(-1)
-        return [
-            LastRowInfo(
-                lens=name,
-                kl_to_final_bits=float(result.reference.kl_to_bits[at][number]),
-                top1_agree=int(result.top_ids[at][number, 0]) == int(head_top.indices[number]),
-                p_top1_lens=float(result.top_log2p[at][number, 0].exp2()),
-                p_top1_model=float(head_top.values[number]),
-                p_answer_lens=float(result.token_log2p[at][number, rows.ANSWER].exp2()),
-                answer_rank_lens=int(result.token_rank[at][number, rows.ANSWER]),
-                temp_est=float(fits.temp_est[number]),
-                kl_after_temp_bits=float(fits.kl_after_temp_bits[number]),
+        found: list[LastRowInfo] = []
+        for number in range(hidden.shape[0]):
+            if bool(result.nonfinite[at][number]):
+                found.append(LastRowInfo(name, *([None] * 8)))
+                continue
+            found.append(
+                LastRowInfo(
+                    lens=name,
+                    kl_to_final_bits=rows.number(result.reference.kl_to_bits[at][number]),
+                    top1_agree=int(result.top_ids[at][number, 0]) == int(head_top.indices[number]),
+                    p_top1_lens=rows.number(result.top_log2p[at][number, 0].exp2()),
+                    p_top1_model=rows.number(head_top.values[number]),
+                    p_answer_lens=rows.number(result.token_log2p[at][number, rows.ANSWER].exp2()),
+                    answer_rank_lens=int(result.token_rank[at][number, rows.ANSWER]),
+                    temp_est=rows.number(fits.temp_est[number]),
+                    kl_after_temp_bits=rows.number(fits.kl_after_temp_bits[number]),
+                )
             )
-            for number in range(hidden.shape[0])
-        ]
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -24,11 +25,12 @@ EPS = 1e-12
 
 
 def frame(columns: Columns) -> pl.DataFrame:
-    """Build typed rows; NaN, which means "does not exist" in a readout, becomes null."""
+    """Build typed rows; NaN ("does not exist" in a readout) and infinity become null."""
     built = pl.DataFrame(
         {name: _series(name, values) for name, values in columns.items() if values is not None}
     )
-    return conform(built.with_columns(pl.selectors.float().fill_nan(None)))
+    numbers = pl.selectors.float()
+    return conform(built.with_columns(pl.when(numbers.is_finite()).then(numbers).name.keep()))
 
 
 def _series(name: str, values: Any) -> pl.Series:
@@ -48,14 +50,17 @@ def every_position(
     states: Float[Tensor, "place row d_model"],
 ) -> Columns:
     """Columns known at every position; `head_top1` is the token column of the model's own top-1."""
-    ids = _need(result.top_ids).numpy()
+    ids = _need(result.top_ids).tolist()
+    probs = _need(result.top_log2p).double().exp2().tolist()
+    # A row with NaN or infinity has no ranking: its lists are null, not lists of nothing.
+    broken_rows = result.nonfinite.tolist()
     norms = states.float().norm(dim=-1)
     broken = ~torch.isfinite(states).all(-1).flatten().cpu() | result.nonfinite
     return {
         "entropy_bits": result.entropy_bits,
-        "top_ids": ids,
-        "top_tokens": [[strings[token] if token >= 0 else "" for token in row] for row in ids],
-        "top_probs": np.exp2(_need(result.top_log2p).double().numpy()),
+        "top_ids": _unless(broken_rows, ids),
+        "top_tokens": _unless(broken_rows, [_texts(row, strings) for row in ids]),
+        "top_probs": _unless(broken_rows, probs),
         "top1_top2_gap": result.top1_top2_gap,
         "kl_to_final_bits": _need(result.reference).kl_to_bits,
         "final_top1_rank": _rank(result, head_top1),
@@ -157,25 +162,41 @@ def prompt_info(
 
 
 def _head(logits: Float[Tensor, " vocab"], strings: Sequence[str], answer: int | None) -> HeadInfo:
-    log_probs = logits.double().log_softmax(-1).cpu()
-    probs = log_probs.exp()
+    probs = logits.double().softmax(-1).cpu()
+    if not bool(torch.isfinite(probs).all()):
+        return HeadInfo(entropy_bits=None, top_ids=(), top_tokens=(), top_probs=())
     top = probs.topk(min(HEAD_TOP, probs.numel()))
     ids = [int(token) for token in top.indices]
+    entropy = torch.special.entr(probs).sum() / LN2
     return HeadInfo(
-        entropy_bits=float(-(probs * log_probs).nan_to_num().sum() / LN2),
+        entropy_bits=number(entropy),
         top_ids=tuple(ids),
         top_tokens=tuple(strings[token] for token in ids),
         top_probs=tuple(float(value) for value in top.values),
-        p_answer=None if answer is None else float(probs[answer]),
+        p_answer=None if answer is None else number(probs[answer]),
         answer_rank=None if answer is None else 1 + int((logits > logits[answer]).sum()),
     )
+
+
+def number(value: Tensor | float) -> float | None:
+    """Return a finite float, or None: NaN and infinity never leave as numbers."""
+    found = float(value)
+    return found if math.isfinite(found) else None
+
+
+def _unless(broken: Sequence[bool], lists: Sequence[list[Any]]) -> list[list[Any] | None]:
+    return [None if bad else values for bad, values in zip(broken, lists, strict=True)]
+
+
+def _texts(ids: Sequence[int], strings: Sequence[str]) -> list[str]:
+    return [strings[token] if token >= 0 else "" for token in ids]
 
 
 def _consecutive(sets: np.ndarray, n_rows: int) -> list[float | None]:
     """Jaccard overlap of each row's most likely tokens with those of the row before it."""
     found: list[float | None] = []
     for number, tokens in enumerate(sets):
-        if number % n_rows == 0:
+        if number % n_rows == 0 or tokens.min() < 0 or sets[number - 1].min() < 0:
             found.append(None)
             continue
         shared = np.intersect1d(tokens, sets[number - 1]).size
