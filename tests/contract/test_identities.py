@@ -26,10 +26,10 @@ def test_every_identity_holds(family):
     names = {identity.name for identity in report.identities}
     assert report.passed and model.identities.passed
     assert all(identity.error <= 1e-5 for identity in report.identities)
-    parallel = family in ("gpt_neox", "cohere", "phi")
+    parallel = family in ("gpt_neox", "cohere", "phi", "gptj")
     assert (SEQUENTIAL - {"attention_sum"} if parallel else SEQUENTIAL) <= names
     assert ("next_norm" in names) == (family != "olmo2")
-    assert "causality" in names
+    assert {"causality", "resumption"} <= names
 
 
 @pytest.mark.parametrize("family", ("llama", "gemma2", "gpt2", "gpt_neox", "olmo2", "granite"))
@@ -100,6 +100,18 @@ def test_a_block_that_changes_the_stream_between_blocks_is_caught():
     model = tiny("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.01, *args[1:]))
     with pytest.raises(IdentityError, match="stream"):
+        layerscope.load(model, tokenizer=tiny_tokenizer())
+
+
+def test_a_model_with_a_side_channel_past_the_residual_is_caught():
+    """What a resumed pass cannot know: here the last block reads what an MLP left elsewhere."""
+    model = tiny("stablelm")
+    kept = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, output: kept.append(output))
+    model.model.layers[2].mlp.register_forward_hook(
+        lambda _, args, output: output + (kept.pop() if kept else 0)
+    )
+    with pytest.raises(IdentityError, match="resumption"):
         layerscope.load(model, tokenizer=tiny_tokenizer())
 
 

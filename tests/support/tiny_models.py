@@ -83,6 +83,7 @@ UNLISTED: dict[str, dict[str, Any]] = {
     },
     "cohere": {"model_type": "cohere", "logit_scale": 0.25, "tie_word_embeddings": True},
     "phi": {"model_type": "phi"},
+    "gptj": {**_MHA, "model_type": "gptj", "n_inner": 48, "rotary_dim": 4},  # blocks return tuples
 }
 
 

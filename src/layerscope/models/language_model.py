@@ -55,7 +55,7 @@ def load(
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model. Off unless asked for.
         verify: prove the model's identities (about one forward pass of 16 tokens). A model of a
-            family that is not in the table is always proved.
+            family that is not in the table is always proved, with a second pass resumed midway.
 
     Raises:
         ModelError: the model cannot be loaded, or is not a causal language model.
@@ -92,7 +92,7 @@ def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport
         if listed and not verify:
             return backend, None
         try:
-            report = identities.check(backend)
+            report = identities.check(backend, thorough=not listed)
             report.require(loaded.name)
         except ModelError as error:
             failures.append(error)

@@ -100,9 +100,12 @@ class HuggingFaceBackend:
         logits = None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(plan.gradients))
-            if plan.start is not None:
-                resume = self._resume.at(recorder, plan.start.layer, plan.start.residual)
-                stack.enter_context(resume)
+            start = plan.start
+            stack.enter_context(
+                self._resume.watching()
+                if start is None
+                else self._resume.at(recorder, start.layer, start.residual)
+            )
             stack.enter_context(running(recorder))
             stack.enter_context(installed(recorder, points))
             stack.enter_context(stopping_after(recorder, last))

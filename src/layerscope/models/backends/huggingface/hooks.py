@@ -217,8 +217,24 @@ class Resume:
         self._lock = threading.Lock()
         self._first_block: dict[object, int] = {}
         self._undo: list[Callable[[], None]] = []
-        # What blocks return, learned by computing one the first time: 0 for a tensor.
+        # Length of the tuple that blocks return, 0 for a tensor; None until one was seen.
         self._tuple_size: int | None = None
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Learn from a full pass what a block returns, so that a stand-in can return the same."""
+        if self._tuple_size is not None:
+            yield
+            return
+
+        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._tuple_size = _tuple_size(output)
+
+        handle = self._blocks[0].register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def at(
@@ -264,7 +280,7 @@ class Resume:
             run = _running.get()
             if run is None or index >= self._first_block.get(run, 0):
                 return original(*args, **kwargs)
-            if self._tuple_size is None:
+            if self._tuple_size is None:  # no full pass yet: compute this block, and discard it
                 self._tuple_size = _tuple_size(original(*args, **kwargs))
             passed = _first_tensor(args, kwargs)
             return (passed, *[None] * (self._tuple_size - 1)) if self._tuple_size else passed

@@ -204,15 +204,16 @@ def _guesses(model: PreTrainedModel) -> Iterator[Family]:
 
 
 def _find_blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
+    count = getattr(config, "num_hidden_layers", None)
     lists = [
         module
         for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
         raise ModelError(
-            f"{type(model).__name__} has no list of {config.num_hidden_layers} blocks; layerscope "
-            "cannot find its layers"
+            f"{type(model).__name__} has no list of {count} blocks; layerscope cannot find its "
+            "layers"
         )
     return lists[0]
 
