@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.peers.worker import TOP_K, token_ids
+from benchmarks.peers.inputs import TOP_K, token_ids
 from layerscope.lenses import get_lens
 from layerscope.models import LanguageModel, load
 from layerscope.readout import Reference, Request, TokenSets, readout

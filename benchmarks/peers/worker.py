@@ -21,15 +21,9 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
-TOP_K = 10
+from benchmarks.peers.inputs import TOP_K, token_ids  # noqa: E402
+
 LN2 = 0.6931471805599453
-
-
-def token_ids(vocab: int, tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocab, (1, tokens), generator=generator)
-    ids[:, 0] = 1
-    return ids
 
 
 def huggingface(folder: str) -> Any:
