@@ -234,6 +234,19 @@ def test_values_of_the_caller_are_left_alone_and_may_have_any_dtype():
     assert torch.equal(stored, kept)
 
 
+def test_results_share_no_memory_with_the_values_of_edits():
+    model, batch = loaded("llama"), batch_of(0)
+    value = vector(1, 1, batch.width, D)
+    for edit in (
+        Replace("resid_post.1", value),
+        MeanAblate("resid_post.1", value),
+        Apply("resid_post.1", lambda x, _: value),
+    ):
+        result = model.run(batch, edits=[edit], capture="resid_post.1")
+        assert torch.equal(result["resid_post.1"], value)
+        assert result["resid_post.1"].data_ptr() != value.data_ptr()
+
+
 @pytest.mark.parametrize("kind", tuple(EDITS))
 def test_tensors_that_others_hold_are_left_alone(kind):
     """The stored residual of a start, and a capture that is the same tensor in the model."""

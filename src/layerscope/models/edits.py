@@ -120,8 +120,8 @@ class Replace(Edit):
         _check_value(self, self.value, n_rows, n_positions, width)
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
-        """Return `value`, broadcast."""
-        return self.value.to(values.device, values.dtype).expand_as(values)
+        """Return a broadcast copy: the run must not hold the caller's own tensor."""
+        return self.value.to(values.device, values.dtype).expand_as(values).clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +161,13 @@ class MeanAblate(Edit):
             _check_value(self, self.mean, n_rows, n_positions, width)
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
-        """Return the mean, broadcast."""
+        """Return a broadcast copy of the mean."""
         mean = self.mean
         if mean is None:
             real = context.batch.attention_mask.to(values.device)
             # Indexing, not multiplying by the mask: padding may hold NaN.
             mean = context.activation[real].to(_accumulator(values)).mean(dim=0)
-        return mean.to(values.device, values.dtype).expand_as(values)
+        return mean.to(values.device, values.dtype).expand_as(values).clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,14 +296,14 @@ class Apply(Edit):
     function: EditFunction
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
-        """Return what the function returns."""
+        """Return a copy of what the function returns."""
         edited: Any = self.function(values.clone(), context)
         if not isinstance(edited, Tensor):
             raise EditError(
                 f"the function applied at '{self.site}' returned {type(edited).__name__}; return "
                 f"a tensor of shape {list(values.shape)}"
             )
-        return edited
+        return edited.clone()
 
 
 def columns_of(
