@@ -90,9 +90,14 @@ def _tokens(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
     return {
         "token_logit": (z * NATS).masked_fill(absent, torch.nan),
         "token_log2p": (z - logsumexp[:, None]).masked_fill(absent, torch.nan),
-        "token_rank": (raw["token_above"] + 1).masked_fill(absent, 0),
+        "token_rank": (_above(raw, absent) + 1).masked_fill(absent, 0),
         "cos_to_token": raw["cos_to_token"].masked_fill(absent, torch.nan),
     }
+
+
+def _above(raw: Raw, absent: Tensor) -> Tensor:
+    columns = [raw[f"token_above.{column}"] for column in range(absent.shape[1])]
+    return torch.stack(columns, dim=1).long() if columns else absent.long()
 
 
 def _sets(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
@@ -113,6 +118,13 @@ def _sets(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
     return values
 
 
+def _is_own_reference(job: Job) -> Tensor | None:
+    """Return which rows are compared with themselves."""
+    if job.reference is None or job.n_references is not None:
+        return None
+    return job.reference.index.cpu() == torch.arange(job.n_rows)
+
+
 def _divergences(
     raw: Raw,
     group: str,
@@ -123,7 +135,7 @@ def _divergences(
     """Compare rows with their partners: `mine` and `theirs` are (log-sum-exp, entropy) in bits."""
     request = job.request
     gap = mine[0] - theirs[0]
-    same = raw.get(f"{group}.same")
+    same = _is_own_reference(job) if group == "reference" else None
     values: dict[str, Tensor] = {}
     if request.kl_to_reference:
         values["kl_to_bits"] = raw[f"{group}.p_difference"] / raw["total"].double() - gap
@@ -139,9 +151,13 @@ def _divergences(
     for name, value in values.items():
         kept = value if same is None else value.masked_fill(same, 0.0)
         values[name] = _float(kept.clamp_min(0.0))
-    if f"{group}.dot" in raw:
-        norms = (raw["square"].double() * raw[f"{group}.square"].double()).sqrt()
-        values["cosine"] = _float((raw[f"{group}.dot"].double() / norms).clamp(-1.0, 1.0))
+    if request.cosine and f"{group}.square" in raw:
+        square, their_square = raw["square"].double(), raw[f"{group}.square"].double()
+        if f"{group}.dot" in raw:
+            dot = raw[f"{group}.dot"].double()
+        else:  # z z' = z' (z - z') + z' z'
+            dot = raw[f"{group}.other_difference"].double() + their_square
+        values["cosine"] = _float((dot / (square * their_square).sqrt()).clamp(-1.0, 1.0))
     if f"{group}.top_ids" in raw:
         k = request.overlap_k
         values["jaccard"] = _float(

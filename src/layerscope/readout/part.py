@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.readout import passes
@@ -43,8 +43,10 @@ class Part:
         self._partners = partners(tile)
         self._raw: dict[str, Tensor] = {}
 
-    def sums(self, thresholds: Float[Tensor, "group row n_tok"] | None) -> dict[str, Tensor]:
-        """Run the passes; return raw sums of the caller's rows, [group, row] or [group, row, any].
+    def sums(
+        self, thresholds: Float[Tensor, "group row n_tok"] | None
+    ) -> tuple[list[str], Float[Tensor, "sum group row"]]:
+        """Run the passes; return raw sums of the caller's rows, and their names.
 
         See `finish` for what becomes of them.
 
@@ -56,27 +58,27 @@ class Part:
         if self._request.extremes:
             raw["largest"], raw["least"] = self._largest[:, :n], mine.amin(-1)
         if thresholds is not None:
-            raw["token_above"] = passes.counts(
-                mine, thresholds, scratch=self._scratch(EXPONENTIALS, n)
-            )
+            scratch = self._scratch(EXPONENTIALS, n)
+            for column, threshold in enumerate(thresholds.unbind(-1)):
+                raw[f"token_above.{column}"] = passes.count_above(mine, threshold, scratch=scratch)
         if self._cosine and self._partners:
             squares = torch.linalg.vector_norm(z, dim=-1).square()
             raw["square"] = squares[:, :n]
             for name, partner in self._partners.items():
-                raw[f"{name}.square"] = squares[:, partner].expand(-1, n)
+                raw[f"{name}.square"] = squares[:, partner]
         exponentials = self._scratch(EXPONENTIALS, z.shape[1])
         total, shift = passes.exponentiate(z, self._largest, out=exponentials)
         raw["total"], raw["shift"] = total[:, :n], shift[:, :n]
         for name, partner in self._partners.items():
-            raw[f"{name}.total"] = total[:, partner].expand(-1, n)
-            raw[f"{name}.shift"] = shift[:, partner].expand(-1, n)
+            raw[f"{name}.total"], raw[f"{name}.shift"] = total[:, partner], shift[:, partner]
         if self._tile.paired:
             self._compare_against(exponentials, total)
         if self._tile.reference is not None:
             self._compare_reference(exponentials, total)
         else:
             raw["mean"] = mine.mul_(exponentials[:, :n]).sum(-1)
-        return raw
+        shape = (z.shape[0], n)
+        return list(raw), torch.stack([value.expand(shape) for value in raw.values()])
 
     def _scratch(self, which: int, n_slots: int) -> Float[Tensor, "group slot vocab"]:
         shape = (self._z.shape[0], n_slots, self._z.shape[2])
@@ -97,7 +99,7 @@ class Part:
             difference=self._scratch(DIFFERENCE, n),
             mixture=self._scratch(MIXTURE, n),
         )
-        self._keep("against", sums)
+        self._raw.update({f"against.{name}": value for name, value in sums.items()})
 
     def _compare_reference(
         self, exponentials: Float[Tensor, "group slot vocab"], total: Float[Tensor, "group slot"]
@@ -118,23 +120,7 @@ class Part:
             difference=self._z[:, rows],
             mixture=exponentials[:, rows],
         )
-        sums = {name: torch.nn.functional.pad(value, (0, own)) for name, value in sums.items()}
-        raw["reference.same"] = self._same(own)
-        raw["mean"] = sums["p_difference"] + means[:, :n]
-        raw["reference.mean"] = means[:, partner].expand(-1, n)
-        self._keep("reference", sums)
-
-    def _same(self, own: int) -> Bool[Tensor, "group row"]:
-        same = torch.zeros(
-            self._z.shape[0], self._tile.n_out, dtype=torch.bool, device=self._z.device
-        )
-        if own:
-            same[:, -1] = True
-        return same
-
-    def _keep(self, name: str, sums: dict[str, Tensor]) -> None:
-        """Keep the sums of a comparison; on bare logits their cosine follows from `dot`."""
-        dot = sums.pop("dot", None)
-        if self._cosine and dot is not None:
-            self._raw[f"{name}.dot"] = dot + self._raw[f"{name}.square"]
-        self._raw.update({f"{name}.{key}": value for key, value in sums.items()})
+        whole = torch.nn.functional.pad(torch.stack(list(sums.values())), (0, own)).unbind()
+        raw.update({f"reference.{name}": value for name, value in zip(sums, whole, strict=True)})
+        raw["mean"] = raw["reference.p_difference"] + means[:, :n]
+        raw["reference.mean"] = means[:, partner]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.readout.request import Request
@@ -41,17 +41,14 @@ def exponentiate(
     return out.sum(-1), shift
 
 
-def counts(
+def count_above(
     z: Float[Tensor, "group row vocab"],
-    thresholds: Float[Tensor, "group row n_tok"],
+    threshold: Float[Tensor, "group row"],
     *,
     scratch: Float[Tensor, "group row vocab"],
-) -> Int[Tensor, "group row n_tok"]:
-    """Count the logits strictly above each threshold (exact: far below 2 ** 24)."""
-    columns = [
-        torch.gt(z, column[..., None], out=scratch).sum(-1) for column in thresholds.unbind(-1)
-    ]
-    return torch.stack(columns, dim=-1).long()
+) -> Float[Tensor, "group row"]:
+    """Count the logits strictly above a threshold (exact: a count is far below 2 ** 24)."""
+    return torch.gt(z, threshold[..., None], out=scratch).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class Others:
     def mean_of_z(self, p: Float[Tensor, "group row vocab"]) -> Float[Tensor, "group row"]:
         """Return the inner products of (unnormalised) probabilities with z."""
         if self.both.shape[1] == 2:
-            return torch.bmm(p, self.z.transpose(1, 2))[..., 0]
+            return torch.bmm(self.z, p.transpose(1, 2))[:, 0]
         return torch.linalg.vecdot(p, self.z)
 
 
@@ -127,14 +124,14 @@ def compare(
         mixture: scratch; may be `p` itself, which is then overwritten.
 
     Returns:
-        ``p_difference`` sum of p (z - z'); ``q_difference`` sum of q (z - z'); ``dot`` sum of
-        z' (z - z'); ``mixture`` sum of m log2 m with m = p / total + q; ``overlap`` sum of
-        min(m, 2 q).
+        ``p_difference`` sum of p (z - z'); ``q_difference`` sum of q (z - z');
+        ``other_difference`` sum of z' (z - z'); ``mixture`` sum of m log2 m with m = p / total + q;
+        ``overlap`` sum of min(m, 2 q).
     """
     sums: dict[str, Tensor] = {}
     torch.sub(z, others.z, out=difference)
     if request.kl_from_reference or request.cosine:
-        sums["q_difference"], sums["dot"] = others.project(difference)
+        sums["q_difference"], sums["other_difference"] = others.project(difference)
     sums["p_difference"] = difference.mul_(p).sum(-1)
     if not (request.js or request.l1):
         return sums

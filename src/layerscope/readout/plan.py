@@ -25,7 +25,7 @@ MIN_GROUP = 4  # two rows and their counterparts in the other lens
 # buffers, copies of what rows are compared with.
 SCRATCH = 4
 _WORKING_SET = 1 << 20  # logits worked on at a time: with their scratch they stay in a shared cache
-_TILE_ROWS = 208  # more rows per product gain nothing on a CPU
+_TILE_ROWS = 416  # more rows per product gain nothing on a CPU
 _TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 
@@ -63,6 +63,7 @@ class Budget:
         slice: tokens whose weights are converted to float32 at a time; all of them where the
             weights are float32 as stored.
         d_vocab: width of a row.
+        workers: how many parts of a tile are worked on at a time.
     """
 
     group: int
@@ -70,9 +71,12 @@ class Budget:
     tile: int
     slice: int
     d_vocab: int
+    workers: int
 
     @staticmethod
-    def of(budget_bytes: int, *, d_vocab: int, d_model: int, converted: bool) -> Budget:
+    def of(
+        budget_bytes: int, *, d_vocab: int, d_model: int, converted: bool, workers: int = 1
+    ) -> Budget:
         """Spend `budget_bytes`.
 
         Raises:
@@ -85,6 +89,8 @@ class Budget:
         left = budget_bytes - (4 * d_model * tokens if converted else 0)
         rows = left // (4 * d_vocab)
         group = rows // (1 + SCRATCH)
+        # Scratch for several workers must leave most of the room to the tile.
+        workers = max(1, min(workers, rows // (4 * SCRATCH * max(1, _WORKING_SET // d_vocab))))
         if group < MIN_GROUP:
             need = 2 * 4 * d_vocab * MIN_GROUP * (1 + SCRATCH)
             raise ConfigError(
@@ -92,17 +98,16 @@ class Budget:
                 f"pass at least {need}"
             )
         tile = _TILE_ROWS_CONVERTED if converted else _TILE_ROWS
-        return Budget(group, rows, tile, tokens, d_vocab)
+        return Budget(group, rows, tile, tokens, d_vocab, workers)
 
     def worked_on(self, n_slots: int) -> int:
         """Return how many groups of `n_slots` the passes work on at a time."""
         wanted = max(n_slots, min(_WORKING_SET // self.d_vocab, self.group))
-        groups = wanted // n_slots
-        return groups - groups % 2 if groups > 1 else groups  # two threads share groups evenly
+        return wanted // n_slots
 
     def in_tile(self, n_slots: int) -> int:
         """Return how many groups of `n_slots` make a tile."""
-        left = self.rows - SCRATCH * n_slots * self.worked_on(n_slots)
+        left = self.rows - SCRATCH * n_slots * self.worked_on(n_slots) * self.workers
         return max(1, min(left, self.tile) // n_slots)
 
 

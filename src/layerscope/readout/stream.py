@@ -14,6 +14,7 @@ from layerscope.readout.plan import Budget, Tile, plan
 from layerscope.readout.request import Reference, Request, TokenSets
 from layerscope.readout.result import Collector, Readout
 from layerscope.readout.unembedding import Unembedding, untransformed
+from layerscope.readout.workers import Workers
 
 
 @torch.no_grad()
@@ -55,11 +56,13 @@ def readout(
     job.check()
     if isinstance(products, str):
         products = choose(products, device=hidden.device)
+    workers = Workers.of(hidden.device)
     budget = Budget.of(
         budget_bytes,
         d_vocab=unembedding.d_vocab,
         d_model=unembedding.d_model,
         converted=unembedding.weight.dtype != torch.float32,
+        workers=workers.count,
     )
     tiles = plan(
         n_rows=job.n_rows,
@@ -69,9 +72,10 @@ def readout(
         budget=budget,
     )
     collector = Collector()
-    stream = _Stream(job, budget, tiles, products)
-    for tile in tiles:
-        stream.read(tile, collector)
+    with workers:
+        stream = _Stream(job, budget, tiles, products, workers)
+        for tile in tiles:
+            stream.read(tile, collector)
     return finish.finish(collector.finish(n_rows=job.n_rows), job)
 
 
@@ -79,18 +83,27 @@ class _Stream:
     """Reads tiles one after the other through the same buffers."""
 
     def __init__(
-        self, job: Job, budget: Budget, tiles: list[Tile], products: ProductChoice
+        self,
+        job: Job,
+        budget: Budget,
+        tiles: list[Tile],
+        products: ProductChoice,
+        workers: Workers,
     ) -> None:
-        self.job, self.budget, self.products = job, budget, products
+        self.job, self.budget, self.products, self.workers = job, budget, products, workers
         d_vocab, device = job.unembedding.d_vocab, job.hidden.device
         worked_on = max(
             tile.slots.shape[1] * min(budget.worked_on(tile.slots.shape[1]), tile.slots.shape[0])
             for tile in tiles
         )
         n_tile = max(tile.slots.numel() for tile in tiles)
+        n_buffers = 3 if tiles[0].paired else 1
         self.block_length = ranking.block_length(d_vocab, job.n_likely)
         self.logits = torch.empty(n_tile * d_vocab, device=device)
-        self.scratch = torch.empty(3 if tiles[0].paired else 1, worked_on * d_vocab, device=device)
+        self.scratch = [
+            torch.empty(n_buffers, worked_on * d_vocab, device=device)
+            for _ in range(budget.workers)
+        ]
 
     def read(self, tile: Tile, collector: Collector) -> None:
         """Unembed one tile and collect its raw sums."""
@@ -105,33 +118,41 @@ class _Stream:
         )
         z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
-        collector.add(own.flatten(), geometry.cosines(job, own.flatten(), mine))
-        raw = logits.to_logits(job, tile, slots, z)
-        raw.update(logits.look_up(job, own, z[:, : tile.n_out]))
+        raw = geometry.cosines(job, own.flatten(), mine)
         # 0 times anything finite is 0; times NaN or infinity it is NaN.
-        raw["broken"] = (mine * 0.0).sum(-1).ne(0.0).view(own.shape)
-        candidates: list[ranking.Candidates] = []
-        step = self.budget.worked_on(n_slots)
-        for first in range(0, n_groups, step):
-            part = slice(first, first + step)
+        raw["broken"] = (mine * 0.0).sum(-1).ne(0.0)
+        found = logits.to_logits(job, tile, slots, z)
+        found.update(logits.look_up(job, own, z[:, : tile.n_out]))
+        candidates, names, sums = self._passes(tile, z, found.get("token_z"))
+        if candidates is not None:
+            found.update(logits.most_likely(job, tile, own, candidates))
+        raw.update({name: value.flatten(0, 1) for name, value in found.items()})
+        collector.add(own.flatten(), raw)
+        collector.add_stack(own.flatten(), names, sums.flatten(1))
+
+    def _passes(
+        self, tile: Tile, z: Tensor, thresholds: Tensor | None
+    ) -> tuple[ranking.Candidates | None, list[str], Tensor]:
+        """Run the passes over parts of the tile, several at a time where there are workers."""
+        step = self.budget.worked_on(z.shape[1])
+        parts = [slice(first, first + step) for first in range(0, len(z), step)]
+        k = self.job.n_likely
+
+        def work(part: slice, worker: int) -> tuple[ranking.Candidates | None, list[str], Tensor]:
             maxima = ranking.block_maxima(z[part], self.block_length)
-            if job.n_likely:
-                rows = (z[part].flatten(0, 1), maxima.flatten(0, 1))
-                candidates.append(ranking.candidates(*rows, job.n_likely))
-            sums = Part(
-                job.request,
+            flat = (z[part].flatten(0, 1), maxima.flatten(0, 1))
+            candidates = ranking.candidates(*flat, k) if k else None
+            names, sums = Part(
+                self.job.request,
                 tile,
                 z[part],
                 maxima.amax(-1),
-                bare=untransformed(job.unembedding),
-                scratch=self.scratch,
-            ).sums(raw["token_z"][part] if "token_z" in raw else None)
-            collector.add(own[part].flatten(), _flattened(sums))
-        if candidates:
-            joined = ranking.Candidates.join(candidates)
-            raw.update(logits.most_likely(job, tile, own, joined))
-        collector.add(own.flatten(), _flattened(raw))
+                bare=untransformed(self.job.unembedding),
+                scratch=self.scratch[worker],
+            ).sums(None if thresholds is None else thresholds[part])
+            return candidates, names, sums
 
-
-def _flattened(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.flatten(0, 1) for name, value in values.items()}
+        done = self.workers.map(work, parts, at_once=self.budget.workers)
+        candidates = [one[0] for one in done if one[0] is not None]
+        joined = ranking.Candidates.join(candidates) if candidates else None
+        return joined, done[0][1], torch.cat([one[2] for one in done], dim=1)
