@@ -19,12 +19,8 @@ def _plain(logits: Tensor, k: int) -> list[list[int]]:
 
 
 def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Two parts, joined."""
     maxima = ranking.block_maxima(logits, ranking.block_length(logits.shape[1], k))
-    parts = [
-        ranking.candidates(*pair, k) for pair in zip(logits.split(2), maxima.split(2), strict=True)
-    ]
-    return ranking.Candidates.join(parts).largest(k)
+    return ranking.top_k(logits, maxima, k)
 
 
 def _check(logits: Tensor, k: int) -> None:

@@ -8,44 +8,62 @@ from torch import Tensor
 
 from layerscope.readout.job import Job
 
+_ROWS = 1024  # rows at a time: few enough that they ask for few different tokens
+_DIRECTIONS = 1 << 22  # entries of unembedding rows gathered at a time
 
-def cosines(
-    job: Job, own: Int[Tensor, " row"], vectors: Float[Tensor, "row d_model"]
-) -> dict[str, Tensor]:
-    """Return cosines of a tile's rows with the unembedding rows of their tokens and sets.
 
-    Every unembedding row that the tile needs is read once. A zero vector gives NaN.
+def cosines(job: Job) -> dict[str, Tensor]:
+    """Return cosines of hidden rows with the unembedding rows of their tokens and sets.
+
+    A zero vector gives NaN.
 
     Returns:
-        ``cos_to_token`` [row, n_tok] and ``set_cos`` [row, n_sets, longest], where asked for;
-        entries of absent tokens are meaningless.
+        CPU tensors ``cos_to_token`` [row, n_tok] and ``set_cos`` [row, n_sets, longest], where
+        asked for; entries of absent tokens are meaningless.
     """
-    if job.tokens is None and job.sets is None:
-        return {}
     asked: dict[str, Tensor] = {}
-    which = own
     if job.tokens is not None:
-        asked["cos_to_token"] = job.tokens.to(own.device)[own].clamp_min(0)
+        asked["cos_to_token"] = job.tokens
     if job.sets is not None:
-        used, which = torch.unique(
-            job.sets.index.to(own.device)[own].clamp_min(0), return_inverse=True
-        )
-        asked["set_cos"] = job.sets.ids.to(own.device)[used].clamp_min(0)
-    ids, where = torch.unique(
-        torch.cat([tokens.flatten() for tokens in asked.values()]), return_inverse=True
-    )
-    directions = job.unembedding.weight.detach()[ids].float()
-    products = vectors @ directions.T
-    products /= directions.norm(dim=-1)
-    products /= vectors.norm(dim=-1, keepdim=True)
-    positions = dict(
-        zip(asked, where.split([tokens.numel() for tokens in asked.values()]), strict=True)
-    )
-    found: dict[str, Tensor] = {}
-    if "cos_to_token" in asked:
-        at = positions["cos_to_token"].view(asked["cos_to_token"].shape)
-        found["cos_to_token"] = products.gather(1, at)
-    if "set_cos" in asked:
-        at = positions["set_cos"].view(asked["set_cos"].shape)[which]  # [row, n_sets, longest]
-        found["set_cos"] = products.gather(1, at.flatten(1)).view(at.shape)
-    return found
+        asked["set_cos"] = job.sets.index
+    found: dict[str, list[Tensor]] = {name: [] for name in asked}
+    for first in range(0, job.n_rows if asked else 0, _ROWS):
+        rows = slice(first, first + _ROWS)
+        vectors = job.hidden.detach()[rows].float()
+        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+        for name, which in asked.items():
+            chosen = which[rows].to(vectors.device).clamp_min(0)
+            if name == "cos_to_token":
+                found[name].append(_with_tokens(job, vectors, chosen))
+            else:
+                found[name].append(_with_sets(job, vectors, chosen))
+    return {name: torch.cat(pieces).cpu() for name, pieces in found.items()}
+
+
+def _with_tokens(
+    job: Job, unit: Float[Tensor, "row d_model"], tokens: Int[Tensor, "row n_tok"]
+) -> Float[Tensor, "row n_tok"]:
+    ids, where = torch.unique(tokens, return_inverse=True)
+    return _directions(job, unit, ids).gather(1, where)
+
+
+def _with_sets(
+    job: Job, unit: Float[Tensor, "row d_model"], which: Int[Tensor, "row n_sets"]
+) -> Float[Tensor, "row n_sets longest"]:
+    assert job.sets is not None
+    used, which = torch.unique(which, return_inverse=True)
+    ids, where = torch.unique(job.sets.ids.to(unit.device)[used].clamp_min(0), return_inverse=True)
+    at = where[which]
+    return _directions(job, unit, ids).gather(1, at.flatten(1)).view(at.shape)
+
+
+def _directions(
+    job: Job, unit: Float[Tensor, "row d_model"], ids: Int[Tensor, " id"]
+) -> Float[Tensor, "row id"]:
+    """Return cosines of unit vectors with some unembedding rows, each of which is read once."""
+    weight = job.unembedding.weight.detach()
+    pieces: list[Tensor] = []
+    for some in ids.split(max(1, _DIRECTIONS // weight.shape[1])):
+        directions = weight[some].float()
+        pieces.append((unit @ directions.T).div_(directions.norm(dim=-1)))
+    return torch.cat(pieces, dim=1)

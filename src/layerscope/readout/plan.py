@@ -25,7 +25,7 @@ MIN_GROUP = 4  # two rows and their counterparts in the other lens
 # buffers, copies of what rows are compared with.
 SCRATCH = 4
 _WORKING_SET = 1 << 20  # logits worked on at a time: with their scratch they stay in a shared cache
-_TILE_ROWS = 416  # more rows per product gain nothing on a CPU
+_TILE_ROWS = 208  # more rows per product gain nothing on a CPU
 _TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 

@@ -76,7 +76,8 @@ def readout(
         stream = _Stream(job, budget, tiles, products, workers)
         for tile in tiles:
             stream.read(tile, collector)
-    return finish.finish(collector.finish(n_rows=job.n_rows), job)
+    raw = collector.finish(n_rows=job.n_rows)
+    return finish.finish(raw | geometry.cosines(job), job)
 
 
 class _Stream:
@@ -118,41 +119,32 @@ class _Stream:
         )
         z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
-        raw = geometry.cosines(job, own.flatten(), mine)
         # 0 times anything finite is 0; times NaN or infinity it is NaN.
-        raw["broken"] = (mine * 0.0).sum(-1).ne(0.0)
+        collector.add(own.flatten(), {"broken": (mine * 0.0).sum(-1).ne(0.0)})
         found = logits.to_logits(job, tile, slots, z)
         found.update(logits.look_up(job, own, z[:, : tile.n_out]))
-        candidates, names, sums = self._passes(tile, z, found.get("token_z"))
-        if candidates is not None:
-            found.update(logits.most_likely(job, tile, own, candidates))
-        raw.update({name: value.flatten(0, 1) for name, value in found.items()})
-        collector.add(own.flatten(), raw)
-        collector.add_stack(own.flatten(), names, sums.flatten(1))
+        collector.add(own.flatten(), _flattened(found))
+        step = self.budget.worked_on(n_slots)
+        parts = [slice(first, first + step) for first in range(0, n_groups, step)]
 
-    def _passes(
-        self, tile: Tile, z: Tensor, thresholds: Tensor | None
-    ) -> tuple[ranking.Candidates | None, list[str], Tensor]:
-        """Run the passes over parts of the tile, several at a time where there are workers."""
-        step = self.budget.worked_on(z.shape[1])
-        parts = [slice(first, first + step) for first in range(0, len(z), step)]
-        k = self.job.n_likely
-
-        def work(part: slice, worker: int) -> tuple[ranking.Candidates | None, list[str], Tensor]:
+        def work(part: slice, worker: int) -> tuple[dict[str, Tensor], list[str], Tensor]:
             maxima = ranking.block_maxima(z[part], self.block_length)
-            flat = (z[part].flatten(0, 1), maxima.flatten(0, 1))
-            candidates = ranking.candidates(*flat, k) if k else None
+            likely = logits.most_likely(job, tile, own[part], z[part], maxima)
             names, sums = Part(
-                self.job.request,
+                job.request,
                 tile,
                 z[part],
                 maxima.amax(-1),
-                bare=untransformed(self.job.unembedding),
+                bare=untransformed(job.unembedding),
                 scratch=self.scratch[worker],
-            ).sums(None if thresholds is None else thresholds[part])
-            return candidates, names, sums
+            ).sums(found["token_z"][part] if "token_z" in found else None)
+            return likely, names, sums
 
         done = self.workers.map(work, parts, at_once=self.budget.workers)
-        candidates = [one[0] for one in done if one[0] is not None]
-        joined = ranking.Candidates.join(candidates) if candidates else None
-        return joined, done[0][1], torch.cat([one[2] for one in done], dim=1)
+        for part, (likely, names, sums) in zip(parts, done, strict=True):
+            collector.add(own[part].flatten(), _flattened(likely))
+            collector.add_stack(own[part].flatten(), names, sums.flatten(1))
+
+
+def _flattened(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.flatten(0, 1) for name, value in values.items()}
