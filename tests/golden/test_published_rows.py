@@ -13,7 +13,7 @@ from golden.published_case import CONFIG, MODELS, Case, case, same
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.copy import flag_columns, with_copy_flags
 from layerscope.measures.raw_norm import RawNorm
-from layerscope.measures.rows import pass_rows
+from layerscope.measures.rows import Columns, pass_rows
 from layerscope.measures.semantics import is_answer, margin_ok
 from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable
@@ -244,7 +244,9 @@ def test_trajectory_with_the_published_lengths(model: str) -> None:
     ]
     part = pass_rows(found.table)[0, "norm"]
     frame = part.frame.with_columns(pl.Series("resid_norm", lengths))
-    ours = norm_trajectory(replace(part, frame=frame), CONFIG, semantic=found.ours["L_semantic"])
+    ours = norm_trajectory(
+        replace(part, columns=Columns(frame), start=0), CONFIG, semantic=found.ours["L_semantic"]
+    )
     published = found.published["norm_trajectory"]
     for name in ("shape", "slope", "r2", "n_spikes", "sampled_layers"):
         assert same(ours[name], published[name]), name

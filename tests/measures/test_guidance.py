@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from layerscope.measures.config import MeasureConfig
+from layerscope.measures.evidence import Reason
 from layerscope.measures.guidance import rank, trust_of
-from layerscope.measures.guidance_rules import Reason
 from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable
 from support.tables import synthetic_table
@@ -149,6 +149,36 @@ def test_answers_that_could_not_be_aligned() -> None:
     assert reason("gold_alignment_partial", some(3))["severity"] == "high"
 
 
+def test_answers_that_begin_with_a_bare_space() -> None:
+    def blank(facts: int, *pieces: str, variant: str = "orig") -> Change:
+        def apply(table: LayersTable) -> LayersTable:
+            changed = [
+                replace(p, answer_pieces=pieces)
+                if p.prompt_id == "pos"
+                and p.prompt_variant == variant
+                and p.prompt_index < 2 * facts
+                else p
+                for p in table.meta.prompts
+            ]
+            return replace(table, meta=replace(table.meta, prompts=tuple(changed)))
+
+        return apply
+
+    entry = reason("answer_blank_first", blank(2, "▁", "Paris"))
+    assert (entry["severity"], entry["evidence"]["prompts"], entry["evidence"]["facts"]) == (
+        "medium",
+        2,
+        2,
+    )
+    assert reason("answer_blank_first", blank(3, " ", "1"))["severity"] == "high"
+    ablated = reason("answer_blank_first", blank(5, "Ġ", "1", variant="no_filler"))
+    assert (ablated["severity"], ablated["evidence"]["facts"]) == ("medium", 0)
+    half = reason("answer_blank_first", lambda table: blank(1, "▁", "x")(first_facts(2)(table)))
+    assert half["severity"] == "high"
+    assert guidance(blank(5, "▁"))["reasons"] == []  # the answer is that space
+    assert guidance(blank(5, "▁Par", "is"))["reasons"] == []
+
+
 def test_a_model_that_does_not_answer() -> None:
     def wrong(count: int) -> Change:
         def apply(table: LayersTable) -> LayersTable:
@@ -211,6 +241,13 @@ def test_lenses_that_disagree_along_the_depth() -> None:
     # A score of exactly one half is the middle tier still.
     weights = MeasureConfig(score_weights=(0.5, 0.0, 0.0))
     assert guidance(where(NORM, kl_norm_vs_raw_bits=2.0), weights)["reasons"] == []
+
+
+def test_shares_follow_their_threshold() -> None:
+    config = MeasureConfig(raw_kl_high_bits=1.5)
+    result = guidance(where(NORM, kl_norm_vs_raw_bits=2.0), config)
+    (entry,) = (e for e in result["reasons"] if e["code"] == "high_lens_artifact_score")
+    assert "1.5 bits or more on 100%" in entry["message"]
 
 
 def test_an_answer_that_leads_near_chance() -> None:

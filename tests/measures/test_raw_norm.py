@@ -141,6 +141,23 @@ def test_full_sweep() -> None:
     assert score["tier"] == "high"
 
 
+def test_names_follow_the_thresholds() -> None:
+    check = ranks([2] * 3, [2] * 3, [0.2, 0.3, 3.0])
+    config = MeasureConfig(
+        raw_kl_high_bits=2,
+        raw_kl_medium_bits=0.25,
+        js_threshold_bits=0.05,
+        l1_threshold=1.0,
+        jaccard_threshold=0.75,
+    )
+    full = check.full(config)
+    assert (full["pct_layers_kl_ge_2.0"], full["pct_layers_kl_ge_0.25"]) == (1 / 3, 2 / 3)
+    assert {"first_js_le_0.05", "first_l1_le_1.0"} <= full.keys()
+    assert "first_jaccard_raw_norm_ge_0.75" in full["topk_overlap"]
+    old = {"pct_layers_kl_ge_1.0", "pct_layers_kl_ge_0.5", "first_js_le_0.1", "first_l1_le_0.5"}
+    assert not old & full.keys()
+
+
 def test_rows_that_only_one_lens_has_are_left_out() -> None:
     norm = hand_made_pass(answer_rank=[1, 1, 1], kl_norm_vs_raw_bits=[9.0, 0.1, 0.1])
     raw = hand_made_pass("raw", layers=[1, 2], answer_rank=[2, 1])

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
 from layerscope.errors import TableError
+from layerscope.measures.compat import published_document
 from layerscope.measures.config import MeasureConfig
-from layerscope.measures.summary import finite, summarise
-from layerscope.measures.table import LayersTable
+from layerscope.measures.copy import with_copy_flags
+from layerscope.measures.summary import summarise
+from layerscope.measures.table import IDENTITY, HeadInfo, LastRowInfo, LayersTable
+from support.hand_made import hand_made_table
 from support.tables import synthetic_table
 
 
@@ -88,6 +92,92 @@ def test_thresholds_travel_with_the_summary(table: LayersTable) -> None:
     assert base["surface_delta_norm"] == 0.5
 
 
+def test_near_thresholds_have_names_of_their_own(table: LayersTable) -> None:
+    config = MeasureConfig(kl_thresholds_bits=(0.21, 0.25), gap_thresholds=(0.21, 0.25, 1.0))
+    entry = summarise(table, config).to_dict()["passes"][0]
+    assert {"first_kl_below_0.21", "first_kl_below_0.25"} <= entry["milestones"].keys()
+    assert list(entry["answer_margin_thresholds"]) == ["gap_ge_0.21", "gap_ge_0.25", "gap_ge_1.0"]
+
+
+def test_window_looks_at_the_loosest_convergence() -> None:
+    # Nothing else happens at layers 1 and 4: no echo, no answer.
+    table = hand_made_table(
+        {
+            "norm": {"answer_rank": [50] * 6, "kl_to_final_bits": [9, 3, 3, 3, 0.4, 0.4]},
+            "raw": {"answer_rank": [50] * 6},
+        }
+    )
+
+    def centers(*thresholds: float) -> list[int]:
+        summary = summarise(table, MeasureConfig(kl_thresholds_bits=thresholds)).to_dict()
+        return summary["raw_lens_window"]["Germany→Berlin"]["center_layers"]
+
+    assert centers(3.0, 0.5) == [1]
+    assert centers(0.5) == [4]
+    assert centers() == []
+
+
+def test_a_wide_window_of_radius_zero_is_one() -> None:
+    # The norm lens echoes at layer 1, the raw lens at layer 2; a spot check is at high risk.
+    sure = {"top_probs": [[0.99, 0.0]] * 3, "top1_ignorable": [False] * 3}
+    table = hand_made_table(
+        {
+            "norm": sure | {"top_ids": [[9], [7], [9]], "kl_norm_vs_raw_bits": [5.0] * 3},
+            "raw": sure | {"top_ids": [[9], [9], [7]]},
+        },
+        prompt={"prompt_ids": (7,)},
+    )
+
+    def flag(radius: int) -> bool:
+        config = MeasureConfig(window_radius=2, window_radius_high=radius)
+        sweep = summarise(table, config).to_dict()["passes"][0]["copy_thresholds"]
+        assert sweep["L_copy_strict"]["0.95"] == 1
+        return sweep["norm_only_flags"]["0.95"]
+
+    assert (flag(0), flag(1)) == (True, False)
+
+
+def rows_lost(table: LayersTable, layer: int) -> LayersTable:
+    """Return the table of a run that overflowed from a layer on: all that follows is null."""
+    kept = [*IDENTITY, "nonfinite"]
+    lost = pl.col("layer") >= layer
+    rows = table.rows.with_columns(
+        (lost | pl.col("nonfinite")).alias("nonfinite"),
+        *(
+            pl.when(~lost).then(pl.col(name)).alias(name)
+            for name in table.rows.columns
+            if name not in kept
+        ),
+    )
+    nothing = HeadInfo(entropy_bits=None, top_ids=(), top_tokens=(), top_probs=())
+    prompts = tuple(
+        replace(
+            prompt,
+            head=nothing,
+            last_rows=tuple(LastRowInfo(row.lens, *([None] * 8)) for row in prompt.last_rows),
+        )
+        for prompt in table.meta.prompts
+    )
+    return LayersTable(rows, replace(table.meta, prompts=prompts))
+
+
+@pytest.mark.parametrize("layer", [0, 3, 6])
+def test_a_run_that_overflowed_can_be_measured_and_read_back(
+    table: LayersTable, layer: int, tmp_path: Path
+) -> None:
+    broken = rows_lost(table, layer)
+    result = summarise(with_copy_flags(broken)).to_dict()
+    json.dumps(published_document(result), allow_nan=False)
+    guidance = result["measurement_guidance"]
+    codes = [reason["code"] for reason in guidance["reasons"]]
+    assert "numeric_health_caution" in codes
+    assert not {"warn_high_last_layer_kl", "answer_not_final_top1"} & set(codes)
+    assert result["last_layer_consistency"][0]["kl_to_final_bits"] is None
+    path = tmp_path / "x.parquet"
+    broken.write_parquet(path)
+    assert summarise(LayersTable.read_parquet(path)).to_dict() == summarise(broken).to_dict()
+
+
 def test_summary_does_not_change_the_table(table: LayersTable) -> None:
     before = table.rows.clone()
     summarise(table)
@@ -157,8 +247,3 @@ def test_values_that_are_not_numbers_do_not_spread(table: LayersTable) -> None:
         for name in ("entropy_bits", "kl_to_final_bits", "p_answer", "resid_norm", "cos_to_final")
     )
     json.dumps(summarise(LayersTable(rows, table.meta)).to_dict(), allow_nan=False)
-
-
-def test_finite() -> None:
-    value = {"a": float("nan"), 1: (1.5, float("inf")), "c": [None, {"d": float("-inf")}]}
-    assert finite(value) == {"a": None, "1": [1.5, None], "c": [None, {"d": None}]}

@@ -74,7 +74,7 @@ def test_the_cache_returns_fresh_lists_and_sees_new_tokens() -> None:
 @pytest.mark.parametrize(
     ("text", "ignorable"),
     [
-        ("", True),
+        ("", False),
         (" ", True),
         ("\n\t\u00a0\u3000", True),
         ("。", True),

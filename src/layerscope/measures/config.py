@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerscope.errors import ConfigError
+from layerscope.measures.table import JACCARD_K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class MeasureConfig:
     # surface and geometry
     surface_delta: float = 0.05
     geom_gamma: float = 0.02
-    topk_decay_k: int = 50
+    topk_decay_k: int = JACCARD_K  # fixed when a table is made; here for the record
     topk_decay_tau: float = 0.33
     # control
     control_gap: float = 0.5
@@ -64,15 +66,19 @@ class MeasureConfig:
     growth_factor: float = 3.0
 
     def __post_init__(self) -> None:
+        self._check_unit()
+        self._check_lengths()
+        self._check_counts()
+        self._check_scales()
+        self._check_labels()
+
+    def _check_unit(self) -> None:
         unit = {
             "copy_threshold": self.copy_threshold,
             "copy_margin": self.copy_margin,
             "copy_soft_threshold": self.copy_soft_threshold,
-            **{f"copy_thresholds[{i}]": value for i, value in enumerate(self.copy_thresholds)},
-            **{
-                f"copy_soft_extra_thresholds[{i}]": value
-                for i, value in enumerate(self.copy_soft_extra_thresholds)
-            },
+            **_numbered("copy_thresholds", self.copy_thresholds),
+            **_numbered("copy_soft_extra_thresholds", self.copy_soft_extra_thresholds),
             "semantic_margin": self.semantic_margin,
             "surface_delta": self.surface_delta,
             "topk_decay_tau": self.topk_decay_tau,
@@ -81,14 +87,63 @@ class MeasureConfig:
         for name, value in unit.items():
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a probability and must be in [0, 1]")
-        if self.copy_window_k < 1 or not self.copy_soft_window_ks:
+
+    def _check_lengths(self) -> None:
+        """Refuse tuples whose entries have a meaning each and that are too short or too long."""
+        parts = {
+            "score_weights": "share of rows, any norm-only row, largest KL",
+            "score_tiers": "where medium begins, where it ends",
+            "score_v2_addends": "median JS, median L1",
+        }
+        for name, meaning in parts.items():
+            given: tuple[float, ...] = getattr(self, name)
+            wanted = len(meaning.split(","))
+            if len(given) != wanted or not all(math.isfinite(value) for value in given):
+                raise ConfigError(f"{name} is {given}; give {wanted} numbers ({meaning})")
+        if self.score_tiers[0] > self.score_tiers[1]:
+            raise ConfigError(f"score_tiers is {self.score_tiers}; give the lower one first")
+
+    def _check_counts(self) -> None:
+        windows = (self.copy_window_k, *self.copy_soft_window_ks)
+        if not self.copy_soft_window_ks or min(windows) < 1:
             raise ConfigError("copy windows must have a length of at least 1; give e.g. 1,2,3")
-        if min(self.copy_soft_window_ks) < 1:
-            raise ConfigError("copy windows must have a length of at least 1; give e.g. 1,2,3")
+        if self.rank_thresholds and min(self.rank_thresholds) < 1:
+            raise ConfigError(f"rank_thresholds is {self.rank_thresholds}; ranks begin at 1")
         for name in ("confirm_window", "window_radius", "window_radius_high"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}; it counts rows, give 0 or more"
+                )
+        if self.topk_decay_k != JACCARD_K:
+            raise ConfigError(
+                f"topk_decay_k is {self.topk_decay_k}; tables hold the mass of the {JACCARD_K} "
+                f"most likely tokens and no other, leave it at {JACCARD_K}"
+            )
+
+    def _check_scales(self) -> None:
+        """Refuse what cannot divide, or compare, a divergence or a length."""
+        for name in ("js_threshold_bits", "l1_threshold", "growth_factor"):
+            value: float = getattr(self, name)
+            if not 0.0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; it divides, give a number above 0")
+        if not self.raw_kl_medium_bits <= self.raw_kl_high_bits:
+            raise ConfigError(
+                f"raw_kl_medium_bits is {self.raw_kl_medium_bits}; give at most raw_kl_high_bits, "
+                f"which is {self.raw_kl_high_bits}"
+            )
+
+    def _check_labels(self) -> None:
+        """Refuse thresholds that would share a column or milestone: repeats, or nearly so."""
+        for name in (
+            *("copy_thresholds", "copy_soft_extra_thresholds", "copy_soft_window_ks"),
+            *("rank_thresholds", "kl_thresholds_bits", "cos_thresholds", "gap_thresholds"),
+        ):
+            given: tuple[float, ...] = getattr(self, name)
+            if not all(math.isfinite(value) for value in given):
+                raise ConfigError(f"{name} is {given}; give finite numbers")
+            if len({trimmed(value) for value in given}) < len(given):
+                raise ConfigError(
+                    f"{name} is {given}; name each value once (they count to 6 decimals)"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +154,16 @@ class MeasureConfig:
         }
 
 
-def trimmed(value: float, *, decimals: int = 6) -> str:
+def _numbered(name: str, values: tuple[float, ...]) -> dict[str, float]:
+    return {f"{name}[{index}]": value for index, value in enumerate(values)}
+
+
+def trimmed(value: float) -> str:
     """Format a threshold as in column labels: trailing zeros are dropped (0.70 -> 0.7)."""
-    text = f"{value:.{decimals}f}".rstrip("0").rstrip(".")
-    return text or "0"
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def decimal(value: float) -> str:
+    """Format a threshold as in milestone names: at least one decimal (1 -> 1.0, 0.25 -> 0.25)."""
+    text = trimmed(value)
+    return text if "." in text else f"{text}.0"

@@ -6,6 +6,7 @@ k consecutive layers of one pass through one lens; a new pass starts with an emp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,9 @@ class Flag:
     known: Bool[np.ndarray, " row"]
 
 
-def strict_label(threshold: float, *, decimals: int = 6) -> str:
+def strict_label(threshold: float) -> str:
     """Return the column name of a strict flag, e.g. copy_strict@0.95."""
-    return f"copy_strict@{trimmed(threshold, decimals=decimals)}"
+    return f"copy_strict@{trimmed(threshold)}"
 
 
 def soft_label(k: int, threshold: float) -> str:
@@ -46,7 +47,7 @@ def soft_label(k: int, threshold: float) -> str:
 def flag_columns(config: MeasureConfig) -> list[str]:
     """Return the flag columns of a table in their published order, without repeats."""
     labels = [strict_label(config.copy_threshold)]
-    labels += [strict_label(tau, decimals=2) for tau in config.copy_thresholds]
+    labels += [strict_label(tau) for tau in config.copy_thresholds]
     labels += [soft_label(k, config.copy_soft_threshold) for k in config.copy_soft_window_ks]
     labels += [
         soft_label(k, tau)
@@ -76,54 +77,45 @@ def margin_exceeds(
     return p1 - runner_up > margin
 
 
-@dataclass(frozen=True)
-class _Tops:
-    ids: list[int | None]
-    p1: Float[np.ndarray, " row"]
-    p2: Float[np.ndarray, " row"]
-
-
-def _tops(part: PassRows) -> _Tops:
-    def entry(name: str, index: int) -> pl.Series:
-        return part.frame[name].list.get(index, null_on_oob=True)
-
-    probs = [
-        entry("top_probs", i).cast(pl.Float64).fill_null(float("nan")).to_numpy() for i in (0, 1)
-    ]
-    return _Tops(ids=entry("top_ids", 0).to_list(), p1=probs[0], p2=probs[1])
-
-
 class CopyFlags:
     """Flags of one pass: from token ids where the prompt's are known, else as published."""
 
     def __init__(self, part: PassRows, config: MeasureConfig) -> None:
-        self._part, self._config, self._tops = part, config, _tops(part)
-        published = any(name.startswith(STRICT) for name in part.frame.columns)
+        self._part, self._config = part, config
+        self._p1, self._p2 = (part.entry_floats("top_probs", index) for index in (0, 1))
+        self._echoes: dict[int, Bool[np.ndarray, " row"]] = {}
+        published = any(name.startswith(STRICT) for name in part.names)
         self._as_published = published and not part.prompt.prompt_ids
+
+    def _echo(self, k: int) -> Bool[np.ndarray, " row"]:
+        """Say where the window of k layers is a stretch of the prompt; the same for every tau."""
+        if k not in self._echoes:
+            top1 = self._part.entries("top_ids", 0)
+            self._echoes[k] = in_prompt(top1, self._part.prompt.prompt_ids, k=k)
+        return self._echoes[k]
 
     def strict(self, threshold: float) -> Flag:
         """Top-1 stretch in the prompt, p1 > threshold, p1 - p2 > margin, top-1 not ignorable."""
-        tops = self._tops
-        confident = (tops.p1 > threshold) & margin_exceeds(
-            tops.p1, tops.p2, self._config.copy_margin
+        confident = (self._p1 > threshold) & margin_exceeds(
+            self._p1, self._p2, self._config.copy_margin
         )
         if self._as_published:
             return self._tighten(STRICT, threshold, confident)
-        echo = in_prompt(tops.ids, self._part.prompt.prompt_ids, k=self._config.copy_window_k)
+        echo = self._echo(self._config.copy_window_k)
         return _all_known(echo & confident & ~self._part.true("top1_ignorable"))
 
     def soft(self, k: int, threshold: float) -> Flag:
         """Top-1 stretch of exactly k layers in the prompt and p1 > threshold; nothing else."""
-        confident = self._tops.p1 > threshold
+        confident = self._p1 > threshold
         if self._as_published:
             return self._tighten(f"copy_soft_k{k}@", threshold, confident)
-        return _all_known(in_prompt(self._tops.ids, self._part.prompt.prompt_ids, k=k) & confident)
+        return _all_known(self._echo(k) & confident)
 
     def _tighten(self, stem: str, threshold: float, confident: Bool[np.ndarray, " row"]) -> Flag:
         """Derive a flag from the published one of the nearest threshold that is not above it."""
         columns = {
             float(name.removeprefix(stem)): name
-            for name in self._part.frame.columns
+            for name in self._part.names
             if name.startswith(stem)
         }
         below = [tau for tau in columns if tau <= threshold]
@@ -209,7 +201,7 @@ def copy_summary(
     }
     sweep = {tau: find(flags.strict(tau).true) for tau in config.copy_thresholds}
     raw_flags = CopyFlags(raw, config) if raw is not None else None
-    names = {tau: trimmed(tau, decimals=2) for tau in sweep}
+    names = {tau: trimmed(tau) for tau in sweep}
     fields: dict[str, Any] = {
         "L_copy": strict.first,
         "L_copy_H": collapse.first,
@@ -289,40 +281,44 @@ def with_copy_flags(table: LayersTable, config: MeasureConfig | None = None) -> 
     Other rows get nulls. Columns that a published table brought along are replaced by equal ones.
     """
     config = config or MeasureConfig()
-    labels = flag_columns(config)
-    pieces: list[pl.DataFrame] = []
-    for (prompt_index, lens), part in pass_rows(table).items():
-        flags = CopyFlags(part, config)
-        columns = {"copy_collapse": flags.strict(config.copy_threshold)}
-        columns[strict_label(config.copy_threshold)] = columns["copy_collapse"]
-        for tau in config.copy_thresholds:
-            columns[strict_label(tau, decimals=2)] = flags.strict(tau)
-        for tau in (config.copy_soft_threshold, *config.copy_soft_extra_thresholds):
-            for k in config.copy_soft_window_ks:
-                columns[soft_label(k, tau)] = flags.soft(k, tau)
-        pieces.append(
-            pl.DataFrame(
-                {
-                    "prompt_index": pl.Series([prompt_index] * len(part.layers), dtype=pl.Int32),
-                    "lens": [lens] * len(part.layers),
-                    "layer": pl.Series(part.layers, dtype=pl.Int32),
-                    "is_last": [True] * len(part.layers),
-                    **{name: _nullable(columns[name]) for name in ("copy_collapse", *labels)},
-                }
-            )
-        )
-    names = ["copy_collapse", *labels]
+    names = ["copy_collapse", *flag_columns(config)]
+    parts = list(pass_rows(table).values())
     rows = table.rows.drop(names, strict=False)
-    if pieces:
-        keys = ["prompt_index", "lens", "layer", "is_last"]
-        rows = rows.join(pl.concat(pieces), on=keys, how="left", maintain_order="left")
-    else:
-        rows = rows.with_columns(pl.lit(None, pl.Boolean).alias(name) for name in names)
-    return LayersTable(rows=rows, meta=table.meta)
+    if not parts:
+        empty = [pl.lit(None, pl.Boolean).alias(name) for name in names]
+        return LayersTable(rows=rows.with_columns(empty), meta=table.meta)
+    found = [_flags_by_column(part, config) for part in parts]
+    heights = [len(part.layers) for part in parts]
+    flags = pl.DataFrame(
+        {
+            "prompt_index": np.repeat([part.prompt.prompt_index for part in parts], heights),
+            "lens": np.repeat([part.lens for part in parts], heights),
+            "layer": np.concatenate([part.layers for part in parts]),
+            "is_last": np.ones(sum(heights), dtype=bool),
+            **{name: _nullable([columns[name] for columns in found]) for name in names},
+        },
+        schema_overrides={"prompt_index": pl.Int32, "lens": pl.String, "layer": pl.Int32},
+    )
+    keys = ["prompt_index", "lens", "layer", "is_last"]
+    return LayersTable(
+        rows=rows.join(flags, on=keys, how="left", maintain_order="left"), meta=table.meta
+    )
 
 
-def _nullable(flag: Flag) -> pl.Series:
-    values = [
-        bool(true) if known else None for true, known in zip(flag.true, flag.known, strict=True)
-    ]
-    return pl.Series(values, dtype=pl.Boolean)
+def _flags_by_column(part: PassRows, config: MeasureConfig) -> dict[str, Flag]:
+    flags = CopyFlags(part, config)
+    columns = {
+        strict_label(tau): flags.strict(tau)
+        for tau in (config.copy_threshold, *config.copy_thresholds)
+    }
+    for tau in (config.copy_soft_threshold, *config.copy_soft_extra_thresholds):
+        for k in config.copy_soft_window_ks:
+            columns[soft_label(k, tau)] = flags.soft(k, tau)
+    return {"copy_collapse": columns[strict_label(config.copy_threshold)], **columns}
+
+
+def _nullable(flags: Sequence[Flag]) -> pl.Series:
+    """Join the flags of several passes into one column, null where a flag is not known."""
+    true = pl.Series(np.concatenate([flag.true for flag in flags]))
+    known = pl.Series(np.concatenate([flag.known for flag in flags]))
+    return true.set(~known, None)

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from layerscope.measures.config import MeasureConfig
-from layerscope.measures.guidance_rules import RULES, Evidence, Reason
+from layerscope.measures.evidence import Evidence, Reason
+from layerscope.measures.guidance_rules import RULES
 from layerscope.measures.pass_summary import PassSummary
 from layerscope.measures.table import TableMeta
 

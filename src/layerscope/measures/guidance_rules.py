@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from layerscope.measures.config import MeasureConfig
+from layerscope.measures.config import decimal
+from layerscope.measures.evidence import Evidence, Reason
 from layerscope.measures.health import health_caution
-from layerscope.measures.pass_summary import PassSummary
 from layerscope.measures.raw_norm import median_score
-from layerscope.measures.table import TableMeta
-
-Severity = Literal["high", "medium", "low"]
-
-
-@dataclass(frozen=True)
-class Reason:
-    """One reason for caution: plain words, the numbers behind them, and what to do."""
-
-    code: str
-    severity: Severity
-    message: str
-    evidence: dict[str, Any]
-    action: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the rules look at: a summary per fact, the run's sections, thresholds, the model."""
-
-    facts: Sequence[PassSummary]
-    sections: dict[str, Any]
-    config: MeasureConfig
-    meta: TableMeta
-
-    @cached_property
-    def n(self) -> int:
-        """Number of facts."""
-        return len(self.facts)
-
-    def layers(self, name: str) -> list[int | None]:
-        """Return a milestone's first layer, one per fact."""
-        return [fact.milestones[name].first for fact in self.facts]
-
+from layerscope.measures.tokens import is_blank
 
 Rule = Callable[[Evidence], Iterator[Reason]]
 
@@ -118,6 +83,30 @@ def alignment(evidence: Evidence) -> Iterator[Reason]:
         {"rate": rate, "statuses": sorted({entry["status"] for entry in gold["partial"]})},
         "Correct those answers (spelling, leading space) or leave the prompts out.",
     )
+
+
+def blank_answers(evidence: Evidence) -> Iterator[Reason]:
+    """The first token of an answer is only a space, so its rank is not the answer's."""
+    blank = [
+        prompt
+        for prompt in evidence.meta.prompts
+        if len(prompt.answer_pieces) > 1 and is_blank(prompt.answer_pieces[0])
+    ]
+    if blank:
+        indices = {prompt.prompt_index for prompt in blank}
+        facts = sum(fact.part.prompt.prompt_index in indices for fact in evidence.facts)
+        yield Reason(
+            "answer_blank_first",
+            "high" if 2 * facts >= evidence.n else "medium",
+            f"In {len(blank)} of {len(evidence.meta.prompts)} prompts the answer's first token is "
+            "only white space: its rank says nothing of the answer.",
+            {
+                "prompts": len(blank),
+                "facts": facts,
+                "answers": sorted({prompt.answer or "" for prompt in blank})[:8],
+            },
+            "Read answer_full_log2p, or choose answers that begin with a letter-bearing token.",
+        )
 
 
 def wrong_answers(evidence: Evidence) -> Iterator[Reason]:
@@ -203,12 +192,14 @@ def artefact(evidence: Evidence) -> Iterator[Reason]:
     score = median_score(checks)
     if score is None or score <= evidence.config.score_tiers[1]:
         return
-    shares = [check["pct_layers_kl_ge_1.0"] for check in checks]
+    high = evidence.config.raw_kl_high_bits
+    shares = [check[f"pct_layers_kl_ge_{decimal(high)}"] for check in checks]
     yield Reason(
         "high_lens_artifact_score",
         "medium",
-        "With and without normalisation the layers read differently: by a bit or more on "
-        f"{max(shares):.0%} of the layers in the worst fact.",
+        f"With and without normalisation the layers read differently: by {high:g} "
+        f"bit{'' if high == 1 else 's'} or more on {max(shares):.0%} of the layers in the worst "
+        "fact.",
         {"median_score": score, "tier_above": evidence.config.score_tiers[1], "shares": shares[:8]},
         "Compare ranks, not probabilities, across layers and models.",
     )
@@ -383,6 +374,7 @@ def norm_choice(evidence: Evidence) -> Iterator[Reason]:
 RULES: tuple[Rule, ...] = (
     numeric,
     last_row,
+    blank_answers,
     wrong_answers,
     control,
     alignment,

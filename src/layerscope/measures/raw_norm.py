@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from layerscope.measures.config import MeasureConfig
+from layerscope.measures.config import MeasureConfig, decimal
 from layerscope.measures.detectors import first_true, median, percentile, quartiles
 from layerscope.measures.rows import PassRows
 from layerscope.measures.table import JACCARD_K
@@ -63,11 +63,10 @@ class RawNorm:
     def _sample(self, index: int) -> dict[str, Any]:
         layer = int(self.layers[index])
         rank_norm, rank_raw = self.rank_norm[index], self.rank_raw[index]
-        tops = [part.frame.row(int(row), named=True) for part, row in self._at(index)]
         return {
             "layer": layer,
             "kl_norm_vs_raw_bits": _number(self.kl[index]),
-            "top1_agree": _same_top1(tops[0], tops[1]),
+            "top1_agree": self._same_top1(index),
             "p_top1_norm": self.norm.at("p_top1", layer),
             "p_top1_raw": self.raw.at("p_top1", layer),
             "p_answer_norm": self.norm.at("p_answer", layer),
@@ -78,8 +77,14 @@ class RawNorm:
             "is_answer_raw": None if np.isnan(rank_raw) else bool(rank_raw == 1),
         }
 
-    def _at(self, index: int) -> tuple[tuple[PassRows, int], tuple[PassRows, int]]:
-        return (self.norm, self._rows[index]), (self.raw, self._other[index])
+    def _same_top1(self, index: int) -> bool | None:
+        """Say whether both lenses have the same most likely token; by text where ids lack."""
+        for name in ("top_ids", "top_tokens"):
+            norm = self.norm.entries(name, 0)[self._rows[index]]
+            raw = self.raw.entries(name, 0)[self._other[index]]
+            if norm is not None and raw is not None:
+                return bool(norm == raw)
+        return None
 
     def window(self, centers: list[int], *, radius: int) -> dict[str, Any]:
         """Return the rows within `radius` of any centre: norm-only rows and the largest KL."""
@@ -102,10 +107,11 @@ class RawNorm:
         jaccard = self.column("topk_jaccard_raw_norm")
         only, rows = self.norm_only, max(1, len(self.layers))
         share_high = float((self.kl >= config.raw_kl_high_bits).sum()) / rows
+        share_medium = float((self.kl >= config.raw_kl_medium_bits).sum()) / rows
         largest = _max(self.kl)
         return {
-            "pct_layers_kl_ge_1.0": share_high,
-            "pct_layers_kl_ge_0.5": float((self.kl >= config.raw_kl_medium_bits).sum()) / rows,
+            f"pct_layers_kl_ge_{decimal(config.raw_kl_high_bits)}": share_high,
+            f"pct_layers_kl_ge_{decimal(config.raw_kl_medium_bits)}": share_medium,
             "n_norm_only_semantics_layers": int(only.sum()),
             "norm_only_semantics_layers": self.layers[only].tolist(),
             "earliest_norm_only_semantic": first_true(only, self.layers),
@@ -113,13 +119,17 @@ class RawNorm:
             "mode": "full",
             "js_divergence_percentiles": quartiles(js),
             "l1_prob_diff_percentiles": quartiles(l1),
-            "first_js_le_0.1": first_true(js <= config.js_threshold_bits, self.layers),
-            "first_l1_le_0.5": first_true(l1 <= config.l1_threshold, self.layers),
+            f"first_js_le_{decimal(config.js_threshold_bits)}": first_true(
+                js <= config.js_threshold_bits, self.layers
+            ),
+            f"first_l1_le_{decimal(config.l1_threshold)}": first_true(
+                l1 <= config.l1_threshold, self.layers
+            ),
             "teacher_entropy_bits": _first_known(self.column("teacher_entropy_bits")),
             "topk_overlap": {
                 "K": JACCARD_K,
                 "jaccard_raw_norm_p50": percentile(jaccard, 0.5),
-                "first_jaccard_raw_norm_ge_0.5": first_true(
+                f"first_jaccard_raw_norm_ge_{decimal(config.jaccard_threshold)}": first_true(
                     jaccard >= config.jaccard_threshold, self.layers
                 ),
             },
@@ -177,14 +187,6 @@ def window_radius(sample: dict[str, Any], config: MeasureConfig) -> int:
 def median_score(checks: list[dict[str, Any]]) -> float | None:
     """Return the median artefact score over facts."""
     return median([check["score"]["lens_artifact_score"] for check in checks])
-
-
-def _same_top1(norm: dict[str, Any], raw: dict[str, Any]) -> bool | None:
-    for name in ("top_ids", "top_tokens"):
-        first, second = norm.get(name), raw.get(name)
-        if first and second and first[0] is not None and second[0] is not None:
-            return bool(first[0] == second[0])
-    return None
 
 
 def _max(values: np.ndarray) -> float | None:

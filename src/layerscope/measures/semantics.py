@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from layerscope.measures.config import MeasureConfig, trimmed
+from layerscope.measures.config import MeasureConfig, decimal, trimmed
 from layerscope.measures.detectors import (
     Milestone,
     depth_fraction,
@@ -30,7 +30,7 @@ def is_answer(part: PassRows) -> Bool[np.ndarray, " row"]:
     rank = part.floats("answer_rank")
     first = rank == 1
     if np.isnan(rank).any() and part.prompt.answer is not None:
-        texts = part.frame["top_tokens"].list.get(0, null_on_oob=True).to_list()
+        texts = part.entries("top_tokens", 0)
         gold = part.prompt.answer.strip()
         same = np.array([text is not None and text.strip() == gold for text in texts], dtype=bool)
         first = first | (np.isnan(rank) & same)
@@ -64,12 +64,12 @@ def semantic_milestones(
     conditions: dict[str, Bool[np.ndarray, " row"]] = {
         "L_semantic": is_answer(part),
         **{f"first_rank_le_{k}": rank <= k for k in config.rank_thresholds},
-        **{f"first_kl_below_{t:.1f}": kl <= t for t in config.kl_thresholds_bits},
+        **{f"first_kl_below_{decimal(t)}": kl <= t for t in config.kl_thresholds_bits},
         "L_semantic_margin_ok": margin_ok(part, config, d_vocab),
         "L_semantic_top2_ok": top & gap_ok(part, config.semantic_gap),
         "L_semantic_strong": firm,
-        **{f"gap_ge_{t:.1f}": gap_ok(part, t) for t in config.gap_thresholds},
-        **{f"cos_ge_{trimmed(t, decimals=3)}": cosine >= t for t in config.cos_thresholds},
+        **{f"gap_ge_{decimal(t)}": gap_ok(part, t) for t in config.gap_thresholds},
+        **{f"cos_ge_{trimmed(t)}": cosine >= t for t in config.cos_thresholds},
     }
     found = {name: milestone(hits, layers, n_layers=n) for name, hits in conditions.items()}
     # A run is known on every row but the last, which has no successor.
@@ -91,7 +91,7 @@ def semantic_fields(
     semantic, run2 = first["L_semantic"], first["L_semantic_run2"]
     p_at = part.at("p_answer", semantic)
     margin_first = first["L_semantic_margin_ok"]
-    direct = [f"first_kl_below_{t:.1f}" for t in config.kl_thresholds_bits]
+    direct = [f"first_kl_below_{decimal(t)}" for t in config.kl_thresholds_bits]
     direct += [f"first_rank_le_{k}" for k in config.rank_thresholds]
     gate = {
         "delta_top2_logit": config.semantic_gap,
@@ -122,12 +122,12 @@ def semantic_fields(
         },
         "semantic_gate": gate,
         "answer_margin_thresholds": {
-            f"gap_ge_{t:.1f}": first[f"gap_ge_{t:.1f}"] for t in config.gap_thresholds
+            f"gap_ge_{decimal(t)}": first[f"gap_ge_{decimal(t)}"] for t in config.gap_thresholds
         },
         "cos_milestones": {
             part.lens: {
                 f"ge_{label}": first[f"cos_ge_{label}"]
-                for label in (trimmed(t, decimals=3) for t in config.cos_thresholds)
+                for label in (trimmed(t) for t in config.cos_thresholds)
             }
         },
     }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from layerscope.errors import TableError
+from layerscope.files import finite
 from layerscope.measures.ablation import ablation_summary
-from layerscope.measures.config import MeasureConfig
+from layerscope.measures.config import MeasureConfig, decimal
 from layerscope.measures.control import control_summary
 from layerscope.measures.guidance import guide
 from layerscope.measures.health import numeric_health
@@ -51,17 +51,6 @@ class Summary:
         return finite(head | dict(self.sections))
 
 
-def finite(value: Any) -> Any:
-    """Return the value with every NaN and infinity in it replaced by None, tuples by lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
 def summarise(table: LayersTable, config: MeasureConfig | None = None) -> Summary:
     """Recompute every milestone and check of a table; raises TableError when it has no rows."""
     return _Summariser(table, config or MeasureConfig()).run()
@@ -75,8 +64,8 @@ class _Summariser:
             raise TableError(
                 "the table has no last-position rows of a pass in its metadata; nothing to measure"
             )
-        lenses = table.lenses
-        self.lens = PRIMARY_LENS if PRIMARY_LENS in lenses else lenses[0]
+        self.lenses = table.lenses
+        self.lens = PRIMARY_LENS if PRIMARY_LENS in self.lenses else self.lenses[0]
         self.main = [part for (_, lens), part in self.rows.items() if lens == self.lens]
         self.facts = [
             part
@@ -85,15 +74,13 @@ class _Summariser:
         ]
 
     def run(self) -> Summary:
-        checks = {part.prompt.prompt_index: self._raw_norm(part) for part in self.main}
+        checks = self._raw_against_norm()
+        samples = {index: check.sample(self.config) for index, check in checks.items()}
         confirmed = {
             part.prompt.prompt_index: confirmed_semantics(part, self._others(part), self.config)
             for part in self.main
         }
-        radii = {
-            index: window_radius(check.sample(self.config), self.config) if check else None
-            for index, check in checks.items()
-        }
+        radii = {index: window_radius(sample, self.config) for index, sample in samples.items()}
         passes: dict[tuple[int, str], PassSummary] = {}
         for (index, lens), part in self.rows.items():
             passes[index, lens] = summarise_pass(
@@ -101,11 +88,13 @@ class _Summariser:
                 self.config,
                 d_vocab=self.meta.d_vocab,
                 raw=self.rows.get((index, "raw")) if lens != "raw" else None,
-                radius=radii.get(index) or self.config.window_radius,
+                radius=radii.get(index, self.config.window_radius),
                 confirmed=confirmed.get(index) if lens == self.lens else None,
             )
         base = (self.facts or self.main)[0]
-        sections = self._sections(base, passes, checks, radii, confirmed)
+        sections = self._sections(
+            base, passes, self._lens_checks(passes, checks, samples, radii), confirmed
+        )
         order = list(passes)
         return Summary(
             table=self.table,
@@ -118,42 +107,58 @@ class _Summariser:
     def _others(self, part: PassRows) -> dict[str, PassRows]:
         index = part.prompt.prompt_index
         return {
-            lens: other
-            for (number, lens), other in self.rows.items()
-            if number == index and lens != self.lens
+            lens: self.rows[index, lens]
+            for lens in self.lenses
+            if lens != self.lens and (index, lens) in self.rows
         }
 
-    def _raw_norm(self, part: PassRows) -> RawNorm | None:
-        raw = self.rows.get((part.prompt.prompt_index, "raw"))
-        return RawNorm(part, raw) if raw is not None and self.lens != "raw" else None
+    def _raw_against_norm(self) -> dict[int, RawNorm]:
+        """Return the comparison of both lenses for every pass that has both."""
+        if self.lens == "raw":
+            return {}
+        return {
+            part.prompt.prompt_index: RawNorm(part, raw)
+            for part in self.main
+            if (raw := self.rows.get((part.prompt.prompt_index, "raw"))) is not None
+        }
+
+    def _lens_checks(
+        self,
+        passes: Mapping[tuple[int, str], PassSummary],
+        checks: Mapping[int, RawNorm],
+        samples: Mapping[int, dict[str, Any]],
+        radii: Mapping[int, int],
+    ) -> dict[str, dict[str, Any]]:
+        """Return the three checks of raw against norm, each by fact."""
+        sections: dict[str, dict[str, Any]] = {
+            name: {} for name in ("raw_lens_check", "raw_lens_window", "raw_lens_full")
+        }
+        for part in self.facts:
+            index, key = part.prompt.prompt_index, _key(part)
+            if index in checks:
+                centers = _centers(passes[index, self.lens], self.config)
+                sections["raw_lens_check"][key] = samples[index]
+                sections["raw_lens_window"][key] = checks[index].window(
+                    centers, radius=radii[index]
+                )
+                sections["raw_lens_full"][key] = checks[index].full(self.config)
+        return sections
 
     def _sections(
         self,
         base: PassRows,
         passes: dict[tuple[int, str], PassSummary],
-        checks: dict[int, RawNorm | None],
-        radii: dict[int, int | None],
+        lens_checks: dict[str, dict[str, Any]],
         confirmed: dict[int, dict[str, Any]],
     ) -> dict[str, Any]:
         def found(part: PassRows) -> PassSummary:
             return passes[part.prompt.prompt_index, self.lens]
 
-        sections: dict[str, Any] = {"primary_lens": self.lens, "lenses": self.table.lenses}
+        sections: dict[str, Any] = {"primary_lens": self.lens, "lenses": self.lenses}
         sections["confirmed_semantics"] = {
             _key(part): confirmed[part.prompt.prompt_index] for part in self.facts
         }
-        for name in ("raw_lens_check", "raw_lens_window", "raw_lens_full"):
-            sections[name] = {}
-        for part in self.facts:
-            index = part.prompt.prompt_index
-            check, radius = checks[index], radii[index]
-            if check is None or radius is None:
-                continue
-            sections["raw_lens_check"][_key(part)] = check.sample(self.config)
-            sections["raw_lens_window"][_key(part)] = check.window(
-                _centers(found(part)), radius=radius
-            )
-            sections["raw_lens_full"][_key(part)] = check.full(self.config)
+        sections |= lens_checks
         sections["last_layer_consistency"] = [
             last_row_consistency(part, self.meta, self.config) for part in self.main
         ]
@@ -243,10 +248,15 @@ def _key(part: PassRows) -> str:
     return part.prompt.fact_key or f"prompt {part.prompt.prompt_index}"
 
 
-def _centers(summary: PassSummary) -> list[int]:
-    """Return the layers that the window check looks at: onset, near-onset, convergence and echo."""
+def _centers(summary: PassSummary, config: MeasureConfig) -> list[int]:
+    """Return the layers that the window check looks at: onset, near-onset, convergence and echo.
+
+    Convergence is the loosest of the configured divergences (by default 1 bit).
+    """
     layers = {name: item.first for name, item in summary.milestones.items()}
     soft = [layer for layer in summary.fields["L_copy_soft"].values() if layer is not None]
-    wanted = [layers.get(name) for name in ("L_semantic", "first_rank_le_5", "first_kl_below_1.0")]
-    wanted += [layers["L_copy"], min(soft) if soft else None]
+    wanted = [layers.get(name) for name in ("L_semantic", "first_rank_le_5", "L_copy")]
+    if config.kl_thresholds_bits:
+        wanted.append(layers[f"first_kl_below_{decimal(max(config.kl_thresholds_bits))}"])
+    wanted.append(min(soft, default=None))
     return sorted({layer for layer in wanted if layer is not None})
