@@ -13,8 +13,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
@@ -25,8 +25,8 @@ docs: $(READY)
 	$(BIN)/python docs/build.py
 
 format: $(READY)
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs
 
 # torch first and alone: whatever build of the pinned version the index offers is taken, and nothing
 # that follows may replace it.

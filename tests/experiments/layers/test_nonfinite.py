@@ -8,13 +8,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from support.tiny_models import tiny, tiny_tokenizer
 
 from layerscope.experiments.layers import Fact, LayersResult, PromptSet, analyze
 from layerscope.measures.table import LayersTable
 from layerscope.models import load
 from layerscope.reports.files import write_run_files
 from layerscope.reports.html import layers_page
+from support.tiny_models import tiny, tiny_tokenizer
 
 BROKEN_BLOCK = 1
 PROMPTS = PromptSet("p", (Fact(key="a", prompt="One two three", answer="four"),))

@@ -7,10 +7,10 @@ import math
 
 import polars as pl
 import pytest
-from support.shared import shared_path
 
 from layerscope.experiments.layers import Fact, LayersResult, PromptSet, analyze
 from layerscope.models import load
+from support.shared import shared_path
 
 pytestmark = pytest.mark.real_model
 TEMPLATE = "Once upon a time, there was a little {k} named {n}. "
