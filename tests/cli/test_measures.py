@@ -95,6 +95,28 @@ def test_published_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.golden
+def test_the_tuned_table_can_confirm(capsys: pytest.CaptureFixture[str]) -> None:
+    table, rawlens = published()
+    without = as_json(capsys, table, "--rawlens", rawlens)["confirmed_semantics"]
+    assert (without["L_semantic_confirmed"], without["confirmed_source"]) == (None, "none")
+    tuned = table.replace(".csv", "-tuned.csv")
+    words = (table, "--rawlens", rawlens, "--tuned", tuned)
+    confirmed = as_json(capsys, *words)["confirmed_semantics"]
+    assert (confirmed["L_semantic_confirmed"], confirmed["confirmed_source"]) == (42, "tuned")
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_lists_one_milestone_a_line(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert run(["measures", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("L_copy", "L_semantic", "L_semantic_confirmed", "first_kl_below_1.0"):
+        assert any(line.strip().startswith(f"• {name}: ") for line in lines), name
+
+
+@pytest.mark.golden
 def test_published_flags_cannot_be_loosened(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["measures", published()[0], "--copy-threshold", "0.6"]) == 2
     assert "cannot be recomputed" in capsys.readouterr().err
@@ -106,6 +128,8 @@ def test_published_flags_cannot_be_loosened(capsys: pytest.CaptureFixture[str]) 
         (["nowhere.parquet"], "is not a file"),
         (["{parquet}", "--rawlens", "{parquet}"], "goes with a published CSV"),
         (["{parquet}", "--rawlens", "nowhere.csv"], "is not a file"),
+        (["{parquet}", "--tuned", "{parquet}"], "--tuned goes with a published CSV"),
+        (["{parquet}", "--tuned", "nowhere.csv"], "is not a file"),
         (["{parquet}", "--copy-threshold", "1.5"], "must be in"),
         (["{parquet}", "--copy-threshold", "nan"], "must be in"),
         (["{parquet}", "--copy-soft-window-ks", "1,two"], "not a list of whole numbers"),

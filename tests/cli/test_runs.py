@@ -57,6 +57,16 @@ def parsed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(output(capsys, *words, "--json"), parse_constant=pytest.fail)
 
 
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_lists_one_command_a_line(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = output(capsys, "--help").splitlines()
+    for name in ("list", "show RUN", "compare RUN RUN", "export RUN PATH", "delete RUN"):
+        assert any(line.strip().startswith(f"• layerscope runs {name}: ") for line in lines), name
+
+
 def test_list(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "list")
     assert all(run_id in text for run_id in runs)

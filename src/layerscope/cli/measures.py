@@ -15,21 +15,23 @@ if TYPE_CHECKING:
 
 HELP = """Recompute every milestone and check from a table of per-layer rows; no model is needed.
 
-TABLE is what a run wrote (output-MODEL-layers.parquet), or a table of the earlier system
-(output-MODEL-pure-next-token.csv; give its companion output-MODEL-pure-next-token-rawlens.csv as
---rawlens to compare the lenses).
+TABLE is one of two kinds:
 
-\b
-A milestone says when a condition was first true, from which layer on it stays true, and where it
-was lost. Layer 0 is the embedding, layer k the residual after block k.
-  L_copy               top-1 repeats the prompt with p > threshold and a clear margin
-  L_semantic           the answer is top-1
-  L_semantic_margin_ok ... with a probability clearly above chance
-  L_semantic_strong    ... and a gap of half a logit or more to the runner-up
-  L_semantic_confirmed ... and a second lens agrees within two layers
-  first_kl_below_1.0   at most 1 bit away from the model's own distribution
+- `output-MODEL-layers.parquet`: what a run wrote
+- `output-MODEL-pure-next-token.csv`: a table of the earlier system; its companions for other
+  lenses, `...-rawlens.csv` and `...-tuned.csv`, go with `--rawlens` and `--tuned`
 
-With --json the top level carries the first fact's numbers under their published names; `passes`
+A milestone says at which layer a condition was first true, from which one on it stays true, and
+where it was lost. Layer 0 is the embedding, layer k the residual after k blocks. The main ones:
+
+- `L_copy`: top-1 repeats the prompt with p above the threshold and a clear margin
+- `L_semantic`: the answer is top-1
+- `L_semantic_margin_ok`: ... with a probability clearly above chance
+- `L_semantic_strong`: ... and a gap of half a logit or more to the runner-up
+- `L_semantic_confirmed`: `L_semantic`, where a second lens agrees within two layers
+- `first_kl_below_1.0`: at most 1 bit away from the model's own distribution
+
+With `--json` the top level carries the first fact's numbers under their published names; `passes`
 and `per_fact` hold all others.
 """
 
@@ -67,6 +69,12 @@ def measures(
             "--rawlens", metavar="TABLE", help="Published raw-lens CSV that belongs to TABLE."
         ),
     ] = None,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(
+            "--tuned", metavar="TABLE", help="Published tuned-lens CSV that belongs to TABLE."
+        ),
+    ] = None,
     copy_threshold: Annotated[
         float | None, typer.Option(help="Probability above which an echo is strict. [0.95]")
     ] = None,
@@ -86,7 +94,7 @@ def measures(
     from layerscope.measures.summary import summarise
 
     config = _config(copy_threshold, copy_margin, copy_soft_thresh, copy_soft_window_ks)
-    source = _read(table, rawlens)
+    source = _read(table, rawlens=rawlens, tuned=tuned)
     summary = summarise(source, config).to_dict()
     if as_json:
         emit_json(published_document(summary))
@@ -114,20 +122,22 @@ def _config(
     return MeasureConfig(**changes)  # pyright: ignore[reportArgumentType]  # one type per name
 
 
-def _read(table: Path, rawlens: Path | None) -> LayersTable:
+def _read(table: Path, *, rawlens: Path | None, tuned: Path | None) -> LayersTable:
     from layerscope.errors import TableError
     from layerscope.measures.published import is_published, read_published
     from layerscope.measures.table import LayersTable
 
-    for path in (table, rawlens):
+    for path in (table, rawlens, tuned):
         if path is not None and not path.is_file():
             raise TableError(f"{path} is not a file; give a Parquet table or a published CSV")
     if is_published(table):
-        return read_published(table, rawlens=rawlens)
-    if rawlens is not None:
-        raise TableError(
-            "--rawlens goes with a published CSV; a Parquet table holds the raw lens already"
-        )
+        others = {} if tuned is None else {"tuned": tuned}
+        return read_published(table, rawlens=rawlens, others=others)
+    for option, path in (("--rawlens", rawlens), ("--tuned", tuned)):
+        if path is not None:
+            raise TableError(
+                f"{option} goes with a published CSV; a Parquet table holds all lenses of its run"
+            )
     return LayersTable.read_parquet(table)
 
 

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 HELP = """What was run, and what came out.
 
-\b
-  layerscope runs list                  latest first
-  layerscope runs show RUN              one run: options, files, milestones
-  layerscope runs compare RUN RUN       milestones side by side
-  layerscope runs export RUN PATH       files and a manifest, to a folder or a .zip
-  layerscope runs delete RUN            forget a run; its files stay
-
 RUN is an id, any beginning of one that no other run shares, or `latest`.
+
+- `layerscope runs list`: latest first
+- `layerscope runs show RUN`: one run, its options, files and milestones
+- `layerscope runs compare RUN RUN`: milestones side by side
+- `layerscope runs export RUN PATH`: files and a manifest, to a folder or a .zip
+- `layerscope runs delete RUN`: forget a run; its files stay
 """
 
 RunArgument = Annotated[
@@ -46,7 +45,7 @@ _WIDE = 110  # columns of a terminal that has room for folders
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    runs = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich")
+    runs = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown")
     runs.command("list")(list_runs)
     runs.command("show")(show)
     runs.command("compare")(compare)
