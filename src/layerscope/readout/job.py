@@ -87,11 +87,18 @@ class Job:
         rows = self.hidden.detach()[slots.clamp_max(n - 1)].float()
         if n_references and self.reference is not None:
             chosen = (slots >= n) & (slots < n + n_references)
-            if self.reference.hidden is not None:
-                rows[chosen] = self.reference.hidden.detach()[slots[chosen] - n].to(rows)
-            else:
+            if self.reference.hidden is None:
                 rows[chosen] = 0.0
+            else:
+                rows[chosen] = take(self.reference.hidden, slots[chosen] - n, like=rows)
         if self.against is not None:
             chosen = slots >= n + n_references
-            rows[chosen] = self.against.detach()[slots[chosen] - n - n_references].to(rows)
+            rows[chosen] = take(self.against, slots[chosen] - n - n_references, like=rows)
         return rows
+
+
+def take(
+    source: Float[Tensor, "any width"], rows: Int[Tensor, " row"], *, like: Tensor
+) -> Float[Tensor, "row width"]:
+    """Return some rows of a tensor that may live on another device, in the dtype of `like`."""
+    return source.detach()[rows.to(source.device)].to(like)

@@ -9,7 +9,7 @@ from torch import Tensor
 from layerscope.products import ProductChoice
 from layerscope.products import products as product_scope
 from layerscope.readout import ranking
-from layerscope.readout.job import BITS, Job
+from layerscope.readout.job import BITS, Job, take
 from layerscope.readout.plan import Tile
 from layerscope.readout.unembedding import as_float32, untransformed
 
@@ -78,7 +78,7 @@ def _cosine_sums(job: Job, tile: Tile, z: Tensor) -> dict[str, Tensor]:
 def _take_given_logits(job: Job, tile: Tile, slots: Tensor, z: Tensor) -> None:
     given, slot = job.given_logits, tile.reference
     if given is not None and slot is not None:
-        torch.mul(given[slots[:, slot] - job.n_rows].to(z), BITS, out=z[:, slot])
+        torch.mul(take(given, slots[:, slot] - job.n_rows, like=z), BITS, out=z[:, slot])
 
 
 def look_up(

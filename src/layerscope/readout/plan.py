@@ -24,8 +24,9 @@ MIN_GROUP = 4  # two rows and their counterparts in the other lens
 # Rows of logits of scratch per row that is being worked on (see `passes`): exponentials, one or two
 # buffers, copies of what rows are compared with.
 SCRATCH = 4
-_WORKING_SET = 1 << 20  # logits worked on at a time: with their scratch they stay in a shared cache
-_TILE_ROWS = 208  # more rows per product gain nothing on a CPU
+_WORKING_SET = 1 << 20  # logits that a worker holds: with their scratch they stay in a shared cache
+_TILE_ROWS = 208  # more rows per product gain nothing on a CPU ...
+_TILE_LOGITS = 208 * 32_000  # ... unless they are narrow
 _TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 
@@ -97,7 +98,7 @@ class Budget:
                 f"budget_bytes={budget_bytes} is too small for rows of {d_vocab} logits; "
                 f"pass at least {need}"
             )
-        tile = _TILE_ROWS_CONVERTED if converted else _TILE_ROWS
+        tile = max(_TILE_ROWS_CONVERTED if converted else _TILE_ROWS, _TILE_LOGITS // d_vocab)
         return Budget(group, rows, tile, tokens, d_vocab, workers)
 
     def worked_on(self, n_slots: int) -> int:

@@ -1,0 +1,51 @@
+"""Peak memory of a readout, measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys, threading, time
+import psutil, torch
+from layerscope.readout import Reference, Request, Unembedding, readout
+
+dtype, budget, layers, positions = getattr(torch, sys.argv[1]), int(sys.argv[2]), 17, 40
+weight = torch.randn(64_000, 256).to(dtype)
+hidden = torch.randn(layers * positions, 256)
+index = (layers - 1) * positions + torch.arange(positions).repeat(layers)
+readout(hidden[:20], Unembedding(weight))  # what libraries allocate once is not counted
+process, stop = psutil.Process(), threading.Event()
+before = peak = process.memory_info().rss
+
+def watch():
+    global peak
+    while not stop.wait(0.002):
+        peak = max(peak, process.memory_info().rss)
+
+thread = threading.Thread(target=watch)
+thread.start()
+readout(
+    hidden, Unembedding(weight), request=Request(overlap_k=50), reference=Reference(index=index),
+    tokens=index[:, None], budget_bytes=budget,
+)
+stop.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_stays_near_the_budget(dtype: str) -> None:
+    budget = 48 * 2**20
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, dtype, str(budget)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # All logits would take 166 MiB, a float32 copy of the weights 62 MiB.
+    assert int(done.stdout) < budget + 12 * 2**20

@@ -1,0 +1,93 @@
+"""Workers: order, errors, and torch's number of threads afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from layerscope.readout import Reference, Unembedding, plan, readout
+from layerscope.readout.workers import Workers
+
+
+@pytest.fixture(autouse=True)
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_and_each_worker_keeps_to_itself() -> None:
+    used: dict[int, set[int]] = {}
+
+    def work(item: int, worker: int) -> int:
+        used.setdefault(worker, set()).add(threading.get_ident())
+        return item * item
+
+    with Workers(3) as workers:
+        assert workers.map(work, range(10), at_once=3) == [item * item for item in range(10)]
+        assert workers.map(work, [5], at_once=3) == [25]
+    assert set(used) == {0, 1, 2}
+    assert torch.get_num_threads() == 3
+
+
+def test_the_threads_are_divided_among_the_workers() -> None:
+    with Workers(3) as workers:
+        assert workers.map(lambda _item, _worker: torch.get_num_threads(), range(3), at_once=3) == [
+            1,
+            1,
+            1,
+        ]
+
+
+def test_an_error_is_raised_after_all_have_stopped() -> None:
+    finished: list[int] = []
+
+    def work(item: int, worker: int) -> None:
+        if item == 0:
+            raise ZeroDivisionError
+        finished.append(item)
+
+    with Workers(2) as workers:
+        with pytest.raises(ZeroDivisionError):
+            workers.map(work, range(4), at_once=2)
+        assert finished == [1, 3]
+    assert torch.get_num_threads() == 3
+
+
+def test_gradients_are_off_in_workers() -> None:
+    with Workers(2) as workers:
+        enabled = workers.map(lambda _item, _worker: torch.is_grad_enabled(), range(2), at_once=2)
+    assert enabled == [False, False]
+
+
+def test_an_accelerator_needs_no_workers() -> None:
+    assert Workers.of(torch.device("cuda")).count == 1
+    assert Workers.of(torch.device("cpu")).count == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_readout_does_not_depend_on_the_number_of_workers(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 16, generator=generator)
+    head = Unembedding(torch.randn(700, 16, generator=generator).requires_grad_())
+    reference = Reference(index=54 + torch.arange(6).repeat(10))
+    monkeypatch.setattr(plan, "_WORKING_SET", 10 * 700)  # one group of rows to each part
+    torch.set_num_threads(1)
+    alone = readout(hidden, head, reference=reference)
+    torch.set_num_threads(threads)
+    together = readout(hidden, head, reference=reference)
+    assert torch.get_num_threads() == threads
+    for name in ("entropy_bits", "top_ids", "top_log2p"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name))
+    assert alone.reference is not None
+    assert together.reference is not None
+    for name in ("kl_to_bits", "kl_from_bits", "js_bits", "l1", "cosine"):
+        torch.testing.assert_close(
+            getattr(together.reference, name), getattr(alone.reference, name), atol=1e-5, rtol=1e-5
+        )
