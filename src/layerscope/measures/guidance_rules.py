@@ -34,7 +34,8 @@ def numeric(evidence: Evidence) -> Iterator[Reason]:
     yield Reason(
         "numeric_health_caution",
         "high" if early else "medium",
-        f"NaN or infinity appeared in {len(flagged)} layers, first at layer {flagged[0]}.",
+        f"NaN or infinity appeared in {len(flagged)} layer{'s' * (len(flagged) > 1)}, first at "
+        f"layer {flagged[0]}.",
         {"layers_flagged": flagged, "before_milestones": early},
         "Run again with --dtype float32, or bfloat16 instead of float16.",
     )
@@ -238,8 +239,9 @@ def lost(evidence: Evidence) -> Iterator[Reason]:
     gone = [
         fact
         for fact in evidence.facts
-        if fact.milestones["L_semantic"].first is not None
-        and fact.milestones["L_semantic"].first != fact.milestones["L_semantic"].stable
+        # A row of NaN hides the answer; that is not the answer falling back.
+        if set(fact.milestones["L_semantic"].lost)
+        - set(fact.part.layers[fact.part.true("nonfinite")].tolist())
     ]
     if gone:
         yield Reason(
@@ -271,7 +273,7 @@ def control(evidence: Evidence) -> Iterator[Reason]:
     failed = [
         entry
         for entry in summary["controls"]
-        if entry["max_control_margin"] is not None and entry["control_margin_stable"] is None
+        if entry["control_margin_last_row"] is not None and entry["control_margin_stable"] is None
     ]
     if failed:
         total = len(summary["controls"])
