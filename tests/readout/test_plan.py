@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerscope.errors import ConfigError
+from layerscope.readout import plan as module
 from layerscope.readout.plan import SCRATCH, Budget, Tile, plan
 
 
@@ -25,12 +26,13 @@ def _bytes(tile: Tile, budget: Budget) -> int:
     n_rows=st.integers(1, 60),
     seed=st.integers(0, 1000),
     rows=st.integers(20, 300),
+    workers=st.integers(1, 4),
     form=st.sampled_from(["none", "own", "separate"]),
     paired=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
 def test_every_row_comes_once_with_its_partners(
-    n_rows: int, seed: int, rows: int, form: str, paired: bool
+    n_rows: int, seed: int, rows: int, workers: int, form: str, paired: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     n_references = 4 if form == "separate" else None
@@ -38,7 +40,7 @@ def test_every_row_comes_once_with_its_partners(
     index = None
     if form != "none":
         index = torch.randint(-1, limit, (n_rows,), generator=generator)
-    budget = _budget(rows)
+    budget = _budget(rows, workers=workers)
     tiles = plan(
         n_rows=n_rows, index=index, n_references=n_references, paired=paired, budget=budget
     )
@@ -81,6 +83,14 @@ def test_a_large_job_stays_within_its_budget() -> None:
     assert max(_bytes(tile, budget) for tile in tiles) <= bytes_allowed
     assert sum(tile.slots.numel() for tile in tiles) == n_rows  # no row is computed twice
     assert tiles[0].slots.numel() >= 128  # and products stay large
+
+
+def test_the_scratch_of_all_workers_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WORKING_SET", 10 * 1000)
+    budget = _budget(1000, workers=4)
+    assert budget.workers == 4
+    tiles = plan(n_rows=3000, index=None, n_references=None, paired=False, budget=budget)
+    assert max(_bytes(tile, budget) for tile in tiles) == 4 * 1000 * 1000  # spent, not overspent
 
 
 @pytest.mark.parametrize("mib", [8, 64, 256])

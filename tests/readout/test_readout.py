@@ -284,6 +284,14 @@ def test_a_bad_row_is_flagged_and_leaves_the_others_alone() -> None:
     torch.testing.assert_close(dirty.entropy_bits[good], clean.entropy_bits[good])
 
 
+def test_a_cap_does_not_hide_an_infinite_vector() -> None:
+    head, hidden = _head("softcap"), _hidden(3)
+    hidden[1, 0] = torch.inf  # capped, its logits are finite
+    result = readout(hidden, head)
+    assert result.nonfinite.tolist() == [False, True, False]
+    assert result.logsumexp[1].isnan()
+
+
 def test_what_is_not_asked_for_is_not_returned() -> None:
     request = Request(
         entropy=False, top_k=0, gap=False, js=False, l1=False, cosine=False, extremes=False
