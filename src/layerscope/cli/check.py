@@ -39,9 +39,8 @@ def register(app: typer.Typer) -> None:
         what block 0 reads, the parts of every block add up to the residual stream, the norms give
         what their readers got, norm and unembedding of the last residual are the model's logits.
 
-        \b
-          layerscope check gpt2 ./my-model
-          layerscope check ./my-model --dtype bfloat16 --json
+        - `layerscope check gpt2 ./my-model`
+        - `layerscope check ./my-model --dtype bfloat16 --json`
 
         Exit code 0 when every identity of every model holds, 2 when one fails (with the identity,
         its error and its bound) or a model cannot be loaded.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from layerscope.measures.config import decimal
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.data import kind
 from layerscope.reports.glossary import TABULATED, label, lasts, meaning
@@ -150,10 +151,12 @@ def _raw_summary(summary: Mapping[str, Any], prompt: PromptInfo | None) -> tuple
             f"{where}artefact tier {score['tier']} "
             f"(score {number(score.get('lens_artifact_score'))} of 1)."
         )
-    share = full.get("pct_layers_kl_ge_1.0")
+    bits = float((summary.get("config") or {}).get("raw_kl_high_bits", 1.0))
+    share = full.get(f"pct_layers_kl_ge_{decimal(bits)}")
     if share is not None:
+        unit = f"{bits:g} bit{'' if bits == 1 else 's'}"
         lines.append(
-            f"In {100 * float(share):.0f}% of the layers the two lenses differ by 1 bit or more; "
+            f"In {100 * float(share):.0f}% of the layers the two lenses differ by {unit} or more; "
             f"at most {number(full.get('max_kl_norm_vs_raw_bits'))} bits."
         )
     count = full.get("n_norm_only_semantics_layers")

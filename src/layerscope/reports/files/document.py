@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerscope.measures.config import decimal
 from layerscope.measures.copy import flag_columns
 from layerscope.measures.table import PromptInfo
 from layerscope.reports.files.diagnostics import diagnostics, gold_alignment, last_row
@@ -248,20 +249,25 @@ def _pack_artifact(view: View) -> dict[str, Any]:
     if not full:
         return skipped("the raw or the norm lens was not run")
     score, overlap = full.get("score") or {}, full.get("topk_overlap") or {}
+    high = decimal(view.config.raw_kl_high_bits)
     return {
         "lens_artifact_score": score.get("lens_artifact_score"),
         "lens_artifact_score_v2": score.get("lens_artifact_score_v2"),
         "js_divergence_p50": (full.get("js_divergence_percentiles") or {}).get("p50"),
         "l1_prob_diff_p50": (full.get("l1_prob_diff_percentiles") or {}).get("p50"),
-        "first_js_le_0.1": full.get("first_js_le_0.1"),
-        "first_l1_le_0.5": full.get("first_l1_le_0.5"),
+        **_labelled(full, "first_js_le_", "first_l1_le_"),
         "jaccard_raw_norm_p50": overlap.get("jaccard_raw_norm_p50"),
-        "first_jaccard_raw_norm_ge_0.5": overlap.get("first_jaccard_raw_norm_ge_0.5"),
-        "pct_layers_kl_ge_1.0": full.get("pct_layers_kl_ge_1.0"),
+        **_labelled(overlap, "first_jaccard_raw_norm_ge_"),
+        f"pct_layers_kl_ge_{high}": full.get(f"pct_layers_kl_ge_{high}"),
         "n_norm_only_semantics_layers": full.get("n_norm_only_semantics_layers"),
         "earliest_norm_only_semantic": full.get("earliest_norm_only_semantic"),
         "risk_tier": score.get("tier"),
     }
+
+
+def _labelled(fields: Mapping[str, Any], *stems: str) -> dict[str, Any]:
+    """Return the fields whose names end with their threshold, whatever that is."""
+    return {name: value for name, value in fields.items() if name.startswith(stems)}
 
 
 def _cited_rows(view: View) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import polars as pl
 
-from layerscope.measures.config import MeasureConfig
+from layerscope.measures.config import MeasureConfig, decimal
 from layerscope.measures.raw_norm import RawNorm, window_radius
 from layerscope.measures.rows import pass_rows
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.files.rows import last_rows
 
-_CENTRES = ("L_semantic", "first_rank_le_5", "first_kl_below_1.0", "L_copy")
+_CENTRES = ("L_semantic", "first_rank_le_5", "L_copy")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,16 @@ class View:
                 continue
             check = RawNorm(norm, raw)
             radius = window_radius(check.sample(self.config), self.config)
-            found.append(check.window(_centres(entry), radius=radius)["layers_checked"])
+            found.append(
+                check.window(_centres(entry, self.config), radius=radius)["layers_checked"]
+            )
         return found
 
 
-def _centres(entry: Mapping[str, Any]) -> list[int]:
+def _centres(entry: Mapping[str, Any], config: MeasureConfig) -> list[int]:
     layers = [entry.get(name) for name in _CENTRES]
+    if config.kl_thresholds_bits:
+        layers.append(entry.get(f"first_kl_below_{decimal(max(config.kl_thresholds_bits))}"))
     layers.append(soft_copy(entry)[1])
     return [layer for layer in layers if layer is not None]
 
