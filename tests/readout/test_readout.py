@@ -308,6 +308,52 @@ def test_what_is_not_asked_for_is_not_returned() -> None:
     assert result.reference.kl_to_bits is not None
 
 
+STATISTICS = ("entropy", "kl_to_reference", "kl_from_reference", "js", "l1", "cosine", "extremes")
+
+
+@pytest.mark.parametrize("only", ["nothing", *STATISTICS])
+@pytest.mark.parametrize("form", ["none", "reference", "against"])
+def test_a_statistic_alone_is_the_same_as_among_all(only: str, form: str) -> None:
+    head, hidden = _head("all"), _hidden()
+    reference = Reference(index=_last_rows()) if form == "reference" else None
+    against = _hidden(seed=5) if form == "against" else None
+    flags = {name: name == only for name in STATISTICS}
+    alone = readout(
+        hidden,
+        head,
+        request=Request(top_k=0, gap=False, **flags),
+        reference=reference,
+        against=against,
+    )
+    both = readout(hidden, head, reference=reference, against=against)
+    _agree(alone, both, {"logsumexp", "nonfinite", "reference", "against"})
+    assert (alone.entropy_bits is not None) == (only == "entropy")
+    assert (alone.min_log2p is not None) == (only == "extremes")
+    if form != "none":
+        found = getattr(alone, form)
+        names = {
+            "kl_to_reference": "kl_to_bits",
+            "kl_from_reference": "kl_from_bits",
+            "js": "js_bits",
+            "l1": "l1",
+            "cosine": "cosine",
+        }
+        for flag, name in names.items():
+            assert (getattr(found, name) is not None) == (only == flag)
+
+
+def _agree(part: object, whole: object, needed: set[str]) -> None:
+    """Check that what is there in `part` is also in `whole`, and equal."""
+    for name, value in vars(part).items():
+        other = getattr(whole, name)
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5)
+        elif value is not None:
+            _agree(value, other, set())
+        else:
+            assert name not in needed or other is None
+
+
 def test_caller_s_tensors_are_left_alone() -> None:
     hidden, head = _hidden(), _head("all")
     before, weight = hidden.clone(), head.weight.clone()

@@ -25,11 +25,13 @@ def finish(raw: Raw, job: Job) -> Readout:
         job: the call.
     """
     request = job.request
-    logsumexp = _logsumexp(raw, "")
-    entropy = logsumexp - raw["mean"].double() / raw["total"].double()
+    logsumexp, entropy = _moments(raw, "")
     values: dict[str, Any] = {"logsumexp": logsumexp * NATS}
-    if request.entropy:
-        values["entropy_bits"] = entropy.clamp_min(0.0)
+    broken = raw["broken"] | ~logsumexp.isfinite()
+    if entropy is not None:
+        broken |= ~entropy.isfinite()
+        if request.entropy:
+            values["entropy_bits"] = entropy.clamp_min(0.0)
     if request.extremes:
         largest, least = raw["largest"].double(), raw["least"].double()
         values["max_abs_logit"] = torch.maximum(largest.abs(), least.abs()) * NATS
@@ -37,23 +39,23 @@ def finish(raw: Raw, job: Job) -> Readout:
     values.update(_top(raw, logsumexp, job))
     values.update(_tokens(raw, logsumexp, job))
     values.update(_sets(raw, logsumexp, job))
-    broken = raw["broken"] | ~(logsumexp.isfinite() & entropy.isfinite())
     values = {name: _blank(name, value, broken) for name, value in values.items()}
     for group in ("reference", "against"):
         if f"{group}.total" in raw:
-            theirs = _logsumexp(raw, f"{group}.")
-            their_entropy = theirs - raw[f"{group}.mean"].double() / raw[f"{group}.total"].double()
-            if group == "reference" and request.entropy:
-                values["reference_entropy_bits"] = _float(their_entropy.clamp_min(0.0))
-            values[group] = _divergences(
-                raw, group, job, (logsumexp, entropy), (theirs, their_entropy)
-            )
+            theirs = _moments(raw, f"{group}.")
+            if group == "reference" and request.entropy and theirs[1] is not None:
+                values["reference_entropy_bits"] = _float(theirs[1].clamp_min(0.0))
+            values[group] = _divergences(raw, group, job, (logsumexp, entropy), theirs)
     return Readout(nonfinite=broken, **values)
 
 
-def _logsumexp(raw: Raw, prefix: str) -> Tensor:
-    """Return log-sum-exp in bits, float64."""
-    return raw[f"{prefix}shift"].double() + raw[f"{prefix}total"].double().log2()
+def _moments(raw: Raw, prefix: str) -> tuple[Tensor, Tensor | None]:
+    """Return log-sum-exp and, where its sum was taken, entropy; both in bits, float64."""
+    total = raw[f"{prefix}total"].double()
+    logsumexp = raw[f"{prefix}shift"].double() + total.log2()
+    if f"{prefix}mean" not in raw:
+        return logsumexp, None
+    return logsumexp, logsumexp - raw[f"{prefix}mean"].double() / total
 
 
 def _float(value: Tensor) -> Tensor:
@@ -129,10 +131,10 @@ def _divergences(
     raw: Raw,
     group: str,
     job: Job,
-    mine: tuple[Tensor, Tensor],
-    theirs: tuple[Tensor, Tensor],
+    mine: tuple[Tensor, Tensor | None],
+    theirs: tuple[Tensor, Tensor | None],
 ) -> Divergences:
-    """Compare rows with their partners: `mine` and `theirs` are (log-sum-exp, entropy) in bits."""
+    """Compare rows with their partners: `mine` and `theirs` are their `_moments`."""
     request = job.request
     gap = mine[0] - theirs[0]
     same = _is_own_reference(job) if group == "reference" else None
@@ -141,7 +143,7 @@ def _divergences(
         values["kl_to_bits"] = raw[f"{group}.p_difference"] / raw["total"].double() - gap
     if request.kl_from_reference:
         values["kl_from_bits"] = gap - raw[f"{group}.q_difference"].double()
-    if request.js:
+    if request.js and mine[1] is not None and theirs[1] is not None:
         # With m = p + q, twice the mixture: H(m / 2) = 1 - sum(m log2 m) / 2.
         mixed = 1.0 - 0.5 * raw[f"{group}.mixture"].double()
         values["js_bits"] = (mixed - 0.5 * (mine[1] + theirs[1])).clamp_max(1.0)

@@ -75,7 +75,7 @@ class Part:
             self._compare_against(exponentials, total)
         if self._tile.reference is not None:
             self._compare_reference(exponentials, total)
-        else:
+        elif self._request.needs_entropy:
             raw["mean"] = mine.mul_(exponentials[:, :n]).sum(-1)
         shape = (z.shape[0], n)
         return list(raw), torch.stack([value.expand(shape) for value in raw.values()])
@@ -89,7 +89,9 @@ class Part:
     ) -> None:
         n, partner = self._tile.n_out, self._partners["against"]
         theirs, p = self._z[:, partner], exponentials[:, partner]
-        self._raw["against.mean"] = torch.mul(theirs, p, out=self._scratch(DIFFERENCE, n)).sum(-1)
+        if self._request.js:
+            products = torch.mul(theirs, p, out=self._scratch(DIFFERENCE, n))
+            self._raw["against.mean"] = products.sum(-1)
         sums = passes.compare(
             self._z[:, :n],
             exponentials[:, :n],
@@ -106,7 +108,7 @@ class Part:
     ) -> None:
         n, raw, partner = self._tile.n_out, self._raw, self._partners["reference"]
         others = Others.of(self._z[:, partner], exponentials[:, partner], total[:, partner])
-        means = others.mean_of_z(exponentials)
+        means = others.mean_of_z(exponentials) if self._request.needs_entropy else None
         # This is the last use of both logits and exponentials, which give their memory.
         # The reference does not differ from itself: where it is one of the rows, it is left out.
         own = int(self._tile.own_reference)
@@ -120,7 +122,10 @@ class Part:
             difference=self._z[:, rows],
             mixture=exponentials[:, rows],
         )
+        if not sums:
+            return
         whole = torch.nn.functional.pad(torch.stack(list(sums.values())), (0, own)).unbind()
         raw.update({f"reference.{name}": value for name, value in zip(sums, whole, strict=True)})
-        raw["mean"] = raw["reference.p_difference"] + means[:, :n]
-        raw["reference.mean"] = means[:, partner]
+        if means is not None:
+            raw["mean"] = raw["reference.p_difference"] + means[:, :n]
+            raw["reference.mean"] = means[:, partner]

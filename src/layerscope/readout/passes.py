@@ -132,7 +132,8 @@ def compare(
     torch.sub(z, others.z, out=difference)
     if request.kl_from_reference or request.cosine:
         sums["q_difference"], sums["other_difference"] = others.project(difference)
-    sums["p_difference"] = difference.mul_(p).sum(-1)
+    if request.kl_to_reference or request.needs_entropy:
+        sums["p_difference"] = difference.mul_(p).sum(-1)
     if not (request.js or request.l1):
         return sums
     torch.addcmul(others.q, p, total.reciprocal()[..., None], out=mixture)

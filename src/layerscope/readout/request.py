@@ -48,6 +48,11 @@ class Request:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; pass 0 for none or a count")
 
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether entropies are wanted, or needed for what is wanted."""
+        return self.entropy or self.js
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
