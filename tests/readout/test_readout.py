@@ -266,22 +266,67 @@ def test_ties_are_broken_by_the_lowest_id_and_ranks_are_strict() -> None:
     assert result.token_rank.tolist() == [[1, 5], [1, 1]]
 
 
-def test_a_bad_row_is_flagged_and_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_is_flagged_and_leaves_the_others_alone(bad: float) -> None:
     head, hidden = _head("plain"), _hidden()
-    clean = readout(hidden, head, reference=Reference(index=_last_rows()))
-    hidden[2, 0], hidden[8, 3] = torch.nan, torch.inf
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long)
-    dirty = readout(hidden, head, reference=Reference(index=_last_rows()), tokens=tokens)
+    reference = Reference(index=_last_rows())
+    clean = readout(hidden, head, reference=reference, tokens=tokens, against=hidden.flip(0))
+    other = hidden.flip(0).clone()
+    hidden[2, 0], hidden[8, 3], other[11, 1] = bad, bad, bad
+    dirty = readout(hidden, head, reference=reference, tokens=tokens, against=other)
     assert dirty.nonfinite.nonzero().flatten().tolist() == [2, 8]
-    assert dirty.entropy_bits is not None
-    assert clean.entropy_bits is not None
     assert dirty.top_ids is not None
     assert dirty.token_rank is not None
-    assert dirty.entropy_bits[2].isnan()
     assert dirty.top_ids[2].eq(-1).all()
     assert dirty.token_rank[2].item() == 0
     good = ~dirty.nonfinite
-    torch.testing.assert_close(dirty.entropy_bits[good], clean.entropy_bits[good])
+    for name, value in _floats(dirty).items():
+        compared = good & (torch.arange(len(good)) != 11) if "against" in name else good
+        if name == "reference_entropy_bits":  # a property of the reference, not of the row
+            compared = torch.ones_like(good)
+        assert value[~compared].isnan().all(), name
+        torch.testing.assert_close(value[compared], _floats(clean)[name][compared])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", ["rows", "hidden", "logits"])
+def test_a_bad_reference_leaves_the_rows_their_own_statistics(form: str, bad: float) -> None:
+    head, hidden = _head("plain"), _hidden()
+    clean = readout(hidden, head, reference=Reference(index=_last_rows()))
+    last = hidden[-POSITIONS:].clone()
+    if form == "logits":
+        given = slow_logits(last, head).float()
+        given[1, 7] = bad
+        reference = Reference(index=torch.arange(POSITIONS).repeat(LAYERS), logits=given)
+    else:
+        last[1, 3] = bad
+        hidden[-POSITIONS:] = last
+        reference = Reference(index=_last_rows())
+        if form == "hidden":
+            reference = Reference(index=torch.arange(POSITIONS).repeat(LAYERS), hidden=last)
+    dirty = readout(hidden, head, reference=reference)
+    broken = torch.zeros(len(hidden), dtype=torch.bool)
+    broken[-POSITIONS + 1] = form != "logits"
+    assert torch.equal(dirty.nonfinite, broken)
+    apart = torch.arange(len(hidden)) % POSITIONS == 1
+    for name, value in _floats(dirty).items():
+        missing = apart if "reference" in name else broken
+        assert value[missing].isnan().all(), name
+        expected = _floats(clean)[name][~missing]
+        torch.testing.assert_close(value[~missing], expected, atol=1e-5, rtol=1e-5)
+
+
+def _floats(result: object, prefix: str = "") -> dict[str, Tensor]:
+    """Every floating-point statistic by name, those of `reference` and `against` too."""
+    found: dict[str, Tensor] = {}
+    for name, value in vars(result).items():
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                found[prefix + name] = value
+        elif value is not None:
+            found |= _floats(value, f"{name}.")
+    return found
 
 
 def test_a_cap_does_not_hide_an_infinite_vector() -> None:

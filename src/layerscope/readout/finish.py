@@ -44,8 +44,11 @@ def finish(raw: Raw, job: Job) -> Readout:
         if f"{group}.total" in raw:
             theirs = _moments(raw, f"{group}.")
             if group == "reference" and request.entropy and theirs[1] is not None:
-                values["reference_entropy_bits"] = _float(theirs[1].clamp_min(0.0))
-            values[group] = _divergences(raw, group, job, (logsumexp, entropy), theirs)
+                known = (
+                    theirs[1].clamp_min(0.0).masked_fill(raw["reference.finite"] != 1, torch.nan)
+                )
+                values["reference_entropy_bits"] = _float(known)
+            values[group] = _divergences(raw, group, job, (logsumexp, entropy), theirs, broken)
     return Readout(nonfinite=broken, **values)
 
 
@@ -133,6 +136,7 @@ def _divergences(
     job: Job,
     mine: tuple[Tensor, Tensor | None],
     theirs: tuple[Tensor, Tensor | None],
+    broken: Tensor,
 ) -> Divergences:
     """Compare rows with their partners: `mine` and `theirs` are their `_moments`."""
     request = job.request
@@ -150,19 +154,21 @@ def _divergences(
     if request.l1:
         # |p - q| = m + 2 q - 2 min(m, 2 q), and m and 2 q each sum to 2.
         values["l1"] = (4.0 - 2.0 * raw[f"{group}.overlap"].double()).clamp_max(2.0)
-    for name, value in values.items():
-        kept = value if same is None else value.masked_fill(same, 0.0)
-        values[name] = _float(kept.clamp_min(0.0))
+    if same is not None:
+        values = {name: value.masked_fill(same, 0.0) for name, value in values.items()}
+    values = {name: value.clamp_min(0.0) for name, value in values.items()}
     if request.cosine and f"{group}.square" in raw:
         square, their_square = raw["square"].double(), raw[f"{group}.square"].double()
         if f"{group}.dot" in raw:
             dot = raw[f"{group}.dot"].double()
         else:  # z z' = z' (z - z') + z' z'
             dot = raw[f"{group}.other_difference"].double() + their_square
-        values["cosine"] = _float((dot / (square * their_square).sqrt()).clamp(-1.0, 1.0))
+        values["cosine"] = (dot / (square * their_square).sqrt()).clamp(-1.0, 1.0)
     if f"{group}.top_ids" in raw:
         k = request.overlap_k
-        values["jaccard"] = _float(
-            ranking.jaccard(raw["top_ids"][:, :k], raw[f"{group}.top_ids"][:, :k])
-        )
-    return Divergences(**values)
+        mine_ids, their_ids = raw["top_ids"][:, :k], raw[f"{group}.top_ids"][:, :k]
+        values["jaccard"] = ranking.jaccard(mine_ids, their_ids)
+    apart = broken | ~theirs[0].isfinite() | (raw[f"{group}.finite"] != 1.0)
+    return Divergences(
+        **{name: _float(value.masked_fill(apart, torch.nan)) for name, value in values.items()}
+    )

@@ -92,11 +92,13 @@ class Part:
         if self._request.js:
             products = torch.mul(theirs, p, out=self._scratch(DIFFERENCE, n))
             self._raw["against.mean"] = products.sum(-1)
+        others = Others.of(theirs, p, total[:, partner])
+        self._raw["against.finite"] = others.finite.float()
         sums = passes.compare(
             self._z[:, :n],
             exponentials[:, :n],
             total[:, :n],
-            Others.of(theirs, p, total[:, partner]),
+            others,
             request=self._request,
             difference=self._scratch(DIFFERENCE, n),
             mixture=self._scratch(MIXTURE, n),
@@ -108,6 +110,7 @@ class Part:
     ) -> None:
         n, raw, partner = self._tile.n_out, self._raw, self._partners["reference"]
         others = Others.of(self._z[:, partner], exponentials[:, partner], total[:, partner])
+        raw["reference.finite"] = others.finite.float()
         means = others.mean_of_z(exponentials) if self._request.needs_entropy else None
         # This is the last use of both logits and exponentials, which give their memory.
         # The reference does not differ from itself: where it is one of the rows, it is left out.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerscope.readout.request import Request
@@ -56,11 +56,14 @@ class Others:
     """Copies of the rows that others are compared with: one per group, or one per row.
 
     Attributes:
-        q: normalised probabilities; the smallest normal number stands in for 0, below logarithms.
-        z: logits (bits).
+        both: normalised probabilities (the smallest normal number stands in for 0, below
+            logarithms), then logits in bits.
+        finite: whether the logits were. Others are replaced by 0, so that what is compared with
+            them keeps its own sums.
     """
 
     both: Float[Tensor, "group twice_other vocab"]
+    finite: Bool[Tensor, "group other"]
 
     @staticmethod
     def of(
@@ -71,10 +74,14 @@ class Others:
         """Copy what the passes would overwrite, and normalise it."""
         n = z.shape[1]
         both = z.new_empty(z.shape[0], 2 * n, z.shape[2])
-        torch.mul(exponentials, total.reciprocal()[..., None], out=both[:, :n])
-        both[:, :n].clamp_min_(_TINY)
-        both[:, n:] = z
-        return Others(both)
+        q, logits = both[:, :n], both[:, n:]
+        # 0 times anything finite is 0; times NaN or infinity it is NaN.
+        finite = torch.mul(z, 0.0, out=q).sum(-1) == 0.0
+        logits.copy_(z)
+        torch.mul(exponentials, total.reciprocal()[..., None], out=q).clamp_min_(_TINY)
+        if z.device.type != "cpu" or not bool(finite.all()):
+            both.masked_fill_(~finite.repeat(1, 2)[..., None], 0.0)
+        return Others(both, finite)
 
     @property
     def q(self) -> Float[Tensor, "group other vocab"]:

@@ -27,7 +27,8 @@ class Readout:
     """Statistics of every row over the vocabulary: CPU tensors, None where not asked for.
 
     Floats are float32. A row that holds NaN or infinity is flagged in `nonfinite`; its floats are
-    NaN, its ids -1 and its ranks 0. A token or set that was given as -1 yields NaN and rank 0.
+    NaN, its ids -1 and its ranks 0. Where only the reference does, or the row of the other lens,
+    the comparison is NaN. A token or set that was given as -1 yields NaN and rank 0.
     """
 
     logsumexp: Float[Tensor, " row"]  # nats
