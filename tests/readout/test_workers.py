@@ -34,13 +34,17 @@ def test_results_come_in_order_and_each_worker_keeps_to_itself() -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_the_threads_are_divided_among_the_workers() -> None:
+def test_few_threads_each_but_all_where_they_are_asked_for() -> None:
+    def threads(_item: int = 0, _worker: int = 0) -> int:
+        return torch.get_num_threads()
+
     with Workers(3) as workers:
-        assert workers.map(lambda _item, _worker: torch.get_num_threads(), range(3), at_once=3) == [
-            1,
-            1,
-            1,
-        ]
+        assert threads() == 1
+        assert workers.map(threads, range(6), at_once=3) == [1] * 6
+        with workers.all_threads():
+            assert threads() == 3
+        assert threads() == 1
+    assert threads() == 3
 
 
 def test_an_error_is_raised_after_all_have_stopped() -> None:
@@ -51,7 +55,7 @@ def test_an_error_is_raised_after_all_have_stopped() -> None:
             raise ZeroDivisionError
         finished.append(item)
 
-    with Workers(2) as workers:
+    with Workers(3) as workers:
         with pytest.raises(ZeroDivisionError):
             workers.map(work, range(4), at_once=2)
         assert finished == [1, 3]
@@ -59,14 +63,17 @@ def test_an_error_is_raised_after_all_have_stopped() -> None:
 
 
 def test_gradients_are_off_in_workers() -> None:
-    with Workers(2) as workers:
+    with torch.no_grad(), Workers(3) as workers:
         enabled = workers.map(lambda _item, _worker: torch.is_grad_enabled(), range(2), at_once=2)
     assert enabled == [False, False]
 
 
 def test_an_accelerator_needs_no_workers() -> None:
-    assert Workers.of(torch.device("cuda")).count == 1
     assert Workers.of(torch.device("cpu")).count == 3
+    alone = Workers.of(torch.device("cuda"))
+    assert alone.count == 1
+    with alone, alone.all_threads():
+        assert torch.get_num_threads() == 3  # left as they were
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -76,8 +76,8 @@ def readout(
         stream = _Stream(job, budget, tiles, products, workers)
         for tile in tiles:
             stream.read(tile, collector)
-    raw = collector.finish(n_rows=job.n_rows)
-    return finish.finish(raw | geometry.cosines(job), job)
+        raw = collector.finish(n_rows=job.n_rows)
+        return finish.finish(raw | geometry.cosines(job), job)
 
 
 class _Stream:
@@ -114,9 +114,10 @@ class _Stream:
         own = slots[:, : tile.n_out]
         vectors = job.vectors(slots.flatten())
         flat = self.logits[: slots.numel() * d_vocab].view(-1, d_vocab)
-        logits.multiply(
-            job, vectors, out=flat, tokens_at_a_time=self.budget.slice, products=self.products
-        )
+        with self.workers.all_threads():
+            logits.multiply(
+                job, vectors, out=flat, tokens_at_a_time=self.budget.slice, products=self.products
+            )
         z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
         # 0 times anything finite is 0; times NaN or infinity it is NaN.

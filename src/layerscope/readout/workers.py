@@ -1,4 +1,4 @@
-"""Python threads for the passes over logits, each with a share of torch's threads.
+"""Python threads for the passes over logits, each on data of its own.
 
 The passes are many short operations. On one set of data each would end with all of torch's threads
 waiting for the slowest; on data of their own, threads never wait for each other, and the time that
@@ -7,8 +7,9 @@ Python takes between operations overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -23,20 +24,29 @@ _MOST = 8  # more would wait for the interpreter lock
 class Workers:
     """A pool that lives for one readout.
 
+    While it is open, torch uses few threads (one, unless there are more than the pool can take)
+    for each operation, so that short operations start none; `all_threads` is for the long ones.
+    torch's number of threads is a setting of the whole process; it is restored on leaving.
+
     Args:
-        count: threads of the pool; with 1 everything runs in the calling thread.
+        threads: how many threads torch may use; None leaves torch alone, and runs everything in
+            the calling thread.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+        self.count = min(threads or 1, _MOST)
+        self._share = max(1, (threads or 1) // _MOST)
         self._pool: ThreadPoolExecutor | None = None
 
     @staticmethod
     def of(device: torch.device) -> Workers:
-        """Return one worker per torch thread, up to a limit; one in all away from the CPU."""
-        return Workers(min(torch.get_num_threads(), _MOST) if device.type == "cpu" else 1)
+        """Return one worker per torch thread, up to a limit; none away from the CPU."""
+        return Workers(torch.get_num_threads() if device.type == "cpu" else None)
 
     def __enter__(self) -> Workers:
+        if self._threads is not None:
+            torch.set_num_threads(self._share)
         return self
 
     def __exit__(
@@ -47,39 +57,52 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+
+    @contextmanager
+    def all_threads(self) -> Generator[None]:
+        """Give the operations of this block all of torch's threads."""
+        if self._threads is None:
+            yield
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._share)
 
     def map(
         self, work: Callable[[Item, int], Result], items: Sequence[Item], *, at_once: int
     ) -> list[Result]:
         """Return ``work(item, worker)`` of every item, in order; at most `at_once` run together.
 
-        Worker w takes the items w, w + at_once, ... torch's number of threads is divided among the
-        workers meanwhile; it is a setting of the whole process, and restored.
+        Worker w takes the items w, w + at_once, ...; worker 0 is the calling thread.
         """
         at_once = min(at_once, self.count, len(items))
         if at_once <= 1:
             return [work(item, 0) for item in items]
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.count)
-        threads = torch.get_num_threads()
-        share = max(1, threads // at_once)
+            self._pool = ThreadPoolExecutor(self.count - 1)
 
         def run(worker: int) -> list[Result]:
-            torch.set_num_threads(share)  # of this thread
-            with torch.no_grad():
-                return [work(item, worker) for item in items[worker::at_once]]
+            return [work(item, worker) for item in items[worker::at_once]]
 
+        def apart(worker: int) -> list[Result]:
+            torch.set_num_threads(self._share)  # of the thread that this runs in
+            with torch.no_grad():
+                return run(worker)
+
+        futures = [self._pool.submit(apart, worker) for worker in range(1, at_once)]
         try:
-            torch.set_num_threads(share)
-            futures = [self._pool.submit(run, worker) for worker in range(at_once)]
-            found = [future.result() for future in _settled(futures)]
+            found = [run(0)]
         finally:
-            torch.set_num_threads(threads)
+            _settle(futures)
+        found += [future.result() for future in futures]
         return [found[index % at_once][index // at_once] for index in range(len(items))]
 
 
-def _settled(futures: list[Future[Result]]) -> list[Future[Result]]:
-    """Wait for all, so that none still runs when the first error is raised."""
+def _settle(futures: Sequence[Future[Result]]) -> None:
+    """Wait for all, so that none still runs when an error is raised."""
     for future in futures:
         future.exception()
-    return futures
