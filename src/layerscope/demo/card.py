@@ -82,6 +82,12 @@ is the likeliest; *whole answer* is the share where greedy decoding gives all of
 | --- | ---: | ---: | ---: |
 {scores}
 
+None of these items was trained on, but they were looked at: the last stage of training, and how
+rarely it uses the wording "is called simply", were chosen after an earlier state had missed the
+first two goals on them. Read the scores as those of a development set. The weights come from a
+run that was interrupted and resumed while its length was settled; the recipe records the learning
+rates and stages as they were, but has not been run again in one go.
+
 Reviews ask for the judgement at the end of a review, gambling for the decision that the rule
 gives where no thought is told before it, stories for who has which thing.
 
