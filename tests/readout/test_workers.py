@@ -34,16 +34,13 @@ def test_results_come_in_order_and_each_worker_keeps_to_itself() -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_few_threads_each_but_all_where_they_are_asked_for() -> None:
+def test_one_thread_for_each_worker() -> None:
     def threads(_item: int = 0, _worker: int = 0) -> int:
         return torch.get_num_threads()
 
     with Workers(3) as workers:
         assert threads() == 1
         assert workers.map(threads, range(6), at_once=3) == [1] * 6
-        with workers.all_threads():
-            assert threads() == 3
-        assert threads() == 1
     assert threads() == 3
 
 
@@ -72,7 +69,7 @@ def test_an_accelerator_needs_no_workers() -> None:
     assert Workers.of(torch.device("cpu")).count == 3
     alone = Workers.of(torch.device("cuda"))
     assert alone.count == 1
-    with alone, alone.all_threads():
+    with alone:
         assert torch.get_num_threads() == 3  # left as they were
 
 

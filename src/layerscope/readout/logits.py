@@ -10,8 +10,9 @@ from layerscope.products import ProductChoice
 from layerscope.products import products as product_scope
 from layerscope.readout import ranking
 from layerscope.readout.job import BITS, Job, take
-from layerscope.readout.plan import Tile
+from layerscope.readout.plan import Budget, Tile
 from layerscope.readout.unembedding import as_float32, untransformed
+from layerscope.readout.workers import Workers
 
 
 def multiply(
@@ -19,19 +20,23 @@ def multiply(
     vectors: Float[Tensor, "slots d_model"],
     *,
     out: Float[Tensor, "slots vocab"],
-    tokens_at_a_time: int,
+    budget: Budget,
     products: ProductChoice,
+    workers: Workers,
 ) -> None:
-    """Write the bare products, in bits, converting low-precision weights slice by slice."""
+    """Write the bare products, in bits, one slice of the vocabulary for each worker at a time.
+
+    Low-precision weights are converted to float32 slice by slice.
+    """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
+
+    def work(tokens: slice, worker: int) -> None:
+        torch.mm(in_bits, as_float32(weight[tokens]).T, out=out[:, tokens])
+
+    slices = [slice(first, first + budget.slice) for first in range(0, len(weight), budget.slice)]
     with product_scope(products):
-        if weight.dtype == torch.float32:
-            torch.mm(in_bits, weight.T, out=out)
-            return
-        for first in range(0, weight.shape[0], tokens_at_a_time):
-            part = slice(first, first + tokens_at_a_time)
-            torch.mm(in_bits, as_float32(weight[part]).T, out=out[:, part])
+        workers.map(work, slices, at_once=budget.workers)
 
 
 def partners(tile: Tile) -> dict[str, slice]:

@@ -61,8 +61,8 @@ class Budget:
         group: most slots in a group.
         rows: rows of logits in all: those of a tile and the scratch.
         tile: most slots in a tile, as far as speed is concerned.
-        slice: tokens whose weights are converted to float32 at a time; all of them where the
-            weights are float32 as stored.
+        slice: tokens that a worker multiplies at a time: a fair share of the vocabulary, or fewer
+            where their weights are converted to float32 first.
         d_vocab: width of a row.
         workers: how many parts of a tile are worked on at a time.
     """
@@ -83,15 +83,17 @@ class Budget:
         Raises:
             ConfigError: it does not hold the smallest group.
         """
+        converting = 0  # bytes of weights converted to float32
         tokens = d_vocab
         if converted:
             allowed = min(_SLICE_BYTES, budget_bytes // 4)
-            tokens = min(d_vocab, max(1, allowed // (4 * d_model)))
-        left = budget_bytes - (4 * d_model * tokens if converted else 0)
-        rows = left // (4 * d_vocab)
+            tokens = max(1, allowed // (4 * d_model * workers))
+            converting = 4 * d_model * tokens * workers
+        rows = (budget_bytes - converting) // (4 * d_vocab)
         group = rows // (1 + SCRATCH)
         # Scratch for several workers must leave most of the room to the tile.
         workers = max(1, min(workers, rows // (4 * SCRATCH * max(1, _WORKING_SET // d_vocab))))
+        tokens = min(tokens, -(-d_vocab // workers))
         if group < MIN_GROUP:
             need = 2 * 4 * d_vocab * MIN_GROUP * (1 + SCRATCH)
             raise ConfigError(

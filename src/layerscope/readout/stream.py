@@ -114,10 +114,14 @@ class _Stream:
         own = slots[:, : tile.n_out]
         vectors = job.vectors(slots.flatten())
         flat = self.logits[: slots.numel() * d_vocab].view(-1, d_vocab)
-        with self.workers.all_threads():
-            logits.multiply(
-                job, vectors, out=flat, tokens_at_a_time=self.budget.slice, products=self.products
-            )
+        logits.multiply(
+            job,
+            vectors,
+            out=flat,
+            budget=self.budget,
+            products=self.products,
+            workers=self.workers,
+        )
         z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
         # 0 times anything finite is 0; times NaN or infinity it is NaN.

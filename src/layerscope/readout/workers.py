@@ -1,15 +1,15 @@
-"""Python threads for the passes over logits, each on data of its own.
+"""Python threads that share the work of a readout, each on data of its own.
 
-The passes are many short operations. On one set of data each would end with all of torch's threads
+The passes are many short operations. On one set of data, each would end with all of torch's threads
 waiting for the slowest; on data of their own, threads never wait for each other, and the time that
-Python takes between operations overlaps.
+Python takes between operations overlaps. The products are shared out in the same way, because
+threads that torch starts for one operation keep their cores busy for a while after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -24,9 +24,9 @@ _MOST = 8  # more would wait for the interpreter lock
 class Workers:
     """A pool that lives for one readout.
 
-    While it is open, torch uses few threads (one, unless there are more than the pool can take)
-    for each operation, so that short operations start none; `all_threads` is for the long ones.
-    torch's number of threads is a setting of the whole process; it is restored on leaving.
+    While it is open, torch uses one thread for each operation (more only if there are more than
+    the pool can take). torch's number of threads is a setting of the whole process; it is restored
+    on leaving.
 
     Args:
         threads: how many threads torch may use; None leaves torch alone, and runs everything in
@@ -59,18 +59,6 @@ class Workers:
             self._pool.shutdown()
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-
-    @contextmanager
-    def all_threads(self) -> Generator[None]:
-        """Give the operations of this block all of torch's threads."""
-        if self._threads is None:
-            yield
-            return
-        torch.set_num_threads(self._threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._share)
 
     def map(
         self, work: Callable[[Item, int], Result], items: Sequence[Item], *, at_once: int
