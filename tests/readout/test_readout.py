@@ -424,3 +424,32 @@ def test_bad_input_names_the_fix(change: dict[str, object], message: str) -> Non
     arguments: dict[str, object] = {"hidden": _hidden(3), "unembedding": _head("plain")} | change
     with pytest.raises(ConfigError, match=message):
         readout(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_saturated_softcap_keeps_the_order_of_what_it_rounds_together() -> None:
+    width, vocab = 8, 40
+    weight = torch.zeros(vocab, width)
+    weight[:, 0] = torch.arange(vocab)
+    hidden = torch.zeros(2, width)
+    hidden[0, 0], hidden[1, 0] = 100.0, 0.1
+    head = Unembedding(weight, softcap=5.0)
+    capped = head.logits(hidden)
+    assert int((capped[0] == capped[0].max()).sum()) > 10  # the cap has made ties
+    answers = torch.tensor([[30], [30]])
+    result = readout(hidden, head, request=Request(top_k=5, overlap_k=5), tokens=answers)
+    best_first = list(range(vocab - 1, vocab - 6, -1))
+    assert result.top_ids is not None and result.overlap_ids is not None
+    assert result.top_ids.tolist() == [best_first, best_first]
+    assert result.overlap_ids.tolist() == [best_first, best_first]
+    assert result.token_rank is not None and result.token_rank.flatten().tolist() == [10, 10]
+    assert result.token_logit is not None and result.top_logits is not None
+    torch.testing.assert_close(result.token_logit[:, 0], capped[:, 30])
+    torch.testing.assert_close(result.top_logits, capped[:, best_first])
+    given = readout(
+        hidden,
+        head,
+        reference=Reference(index=torch.arange(2), logits=capped),
+        request=Request(top_k=0, cosine=False),
+    )
+    assert given.reference is not None and given.reference.kl_to_bits is not None
+    assert given.reference.kl_to_bits.max() < 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerscope.readout import ranking
-from layerscope.readout.job import Job
+from layerscope.readout.job import BITS, Job
 from layerscope.readout.result import Divergences, Readout
 
 NATS = math.log(2.0)  # nats per bit
@@ -61,6 +61,11 @@ def _moments(raw: Raw, prefix: str) -> tuple[Tensor, Tensor | None]:
     return logsumexp, logsumexp - raw[f"{prefix}mean"].double() / total
 
 
+def _capped(z: Tensor, job: Job) -> Tensor:
+    """Return logits that were kept from before the head's softcap, in float64 and capped."""
+    return job.unembedding.cap(z.double(), unit=BITS)
+
+
 def _float(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
@@ -74,7 +79,7 @@ def _blank(name: str, value: Tensor, broken: Tensor) -> Tensor:
 def _top(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
     if "top_z" not in raw:
         return {}
-    request, z, ids = job.request, raw["top_z"].double(), raw["top_ids"]
+    request, z, ids = job.request, _capped(raw["top_z"], job), raw["top_ids"]
     values: dict[str, Tensor] = {}
     if request.top_k:
         values["top_ids"] = ids[:, : request.top_k]
@@ -91,7 +96,7 @@ def _tokens(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
     if job.tokens is None:
         return {}
     absent = job.tokens.cpu() < 0
-    z = raw["token_z"].double()
+    z = _capped(raw["token_z"], job)
     return {
         "token_logit": (z * NATS).masked_fill(absent, torch.nan),
         "token_log2p": (z - logsumexp[:, None]).masked_fill(absent, torch.nan),
@@ -112,7 +117,7 @@ def _sets(raw: Raw, logsumexp: Tensor, job: Job) -> dict[str, Tensor]:
     ids = job.sets.ids.cpu()[which.clamp_min(0)]  # [row, n_sets, longest]
     no_set = which < 0
     absent = (ids < 0) | no_set[..., None]
-    p = torch.exp2(raw["set_z"].double() - logsumexp[:, None, None]).masked_fill_(absent, 0.0)
+    p = torch.exp2(_capped(raw["set_z"], job) - logsumexp[:, None, None]).masked_fill_(absent, 0.0)
     cosine = raw["set_cos"].masked_fill(absent, -torch.inf).amax(-1)
     values = {
         "set_mass": p.sum(-1).masked_fill(no_set, torch.nan),

@@ -62,14 +62,28 @@ class Unembedding:
             product: float32 products for the whole vocabulary, times `unit`.
             unit: the logits come out times `unit` as well (log2 e for logits in bits).
         """
+        return self.cap(self.shift(product, unit=unit), unit=unit)
+
+    def shift(
+        self, product: Float[Tensor, "*row vocab"], *, unit: float = 1.0
+    ) -> Float[Tensor, "*row vocab"]:
+        """Apply bias and scale, but not the cap, in place; arguments as for `transform`."""
         if self.bias is not None:
             product.add_(self.bias.detach().float(), alpha=unit)
         if self.scale != 1.0:
             product.mul_(self.scale)
+        return product
+
+    def cap(self, z: Float[Tensor, "*any"], *, unit: float = 1.0) -> Float[Tensor, "*any"]:
+        """Apply the softcap, in place.
+
+        It keeps the order of logits, but rounds those far above the cap to one and the same
+        number; whatever is ranked has to be ranked before.
+        """
         if self.softcap is not None:
             cap = self.softcap * unit
-            product.div_(cap).tanh_().mul_(cap)
-        return product
+            z.div_(cap).tanh_().mul_(cap)
+        return z
 
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
         """Return float32 logits of a few rows, with all transforms (the slow, obvious path)."""
