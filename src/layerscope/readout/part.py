@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.readout import passes
+from layerscope.readout.job import BITS, Job
 from layerscope.readout.logits import partners
 from layerscope.readout.passes import Others
 from layerscope.readout.plan import Tile
-from layerscope.readout.request import Request
+from layerscope.readout.unembedding import untransformed
 
 EXPONENTIALS, DIFFERENCE, MIXTURE = 0, 1, 2  # what the scratch buffers are for
 
@@ -21,72 +20,97 @@ class Part:
     """Groups that are worked on together, few enough for their logits to stay in the cache.
 
     Args:
-        request: which statistics.
+        job: the call.
         tile: the tile that the groups belong to.
-        z: [group, slot, vocab] logits in bits; overwritten.
+        z: [group, slot, vocab] logits in bits, before the softcap; overwritten.
         largest: [group, slot] the largest of each row.
-        bare: the logits are bare products, so that cosines can be taken here.
         scratch: [buffer, any] one buffer, three with another lens, of at least z's size.
     """
 
     def __init__(
         self,
-        request: Request,
+        job: Job,
         tile: Tile,
         z: Float[Tensor, "group slot vocab"],
         largest: Float[Tensor, "group slot"],
         *,
-        bare: bool,
         scratch: Float[Tensor, "buffer any"],
     ) -> None:
-        self._request, self._tile, self._z = request, tile, z
-        self._cosine = request.cosine and bare and bool(partners(tile))
+        self._job, self._request = job, job.request
+        self._tile, self._z, self._largest = tile, z, largest
+        # Where the head transforms its products, their cosines were taken before that.
+        self._cosine = job.request.cosine and untransformed(job.unembedding)
         self._scratch_memory = scratch
-        self._raw: dict[str, Tensor] = {"largest": largest}
+        self._partners = partners(tile)
+        self._raw: dict[str, Tensor] = {}
 
-    def sums(self, thresholds: Float[Tensor, "group row n_tok"] | None) -> dict[str, Tensor]:
-        """Run the passes; return raw sums, for `own_rows` to sort out.
+    def sums(
+        self, thresholds: Float[Tensor, "group row n_tok"] | None
+    ) -> tuple[list[str], Float[Tensor, "sum group row"]]:
+        """Run the passes; return raw sums of the caller's rows, and their names.
+
+        See `finish` for what becomes of them.
 
         Args:
             thresholds: logits of which the rank is wanted.
         """
-        raw, n, z = self._raw, self._tile.n_out, self._z
-        if self._request.extremes:
-            raw["least"] = z.amin(-1)
+        raw, n = self._raw, self._tile.n_out
+        z, mine = self._z, self._z[:, : self._tile.n_out]
         if thresholds is not None:
             scratch = self._scratch(EXPONENTIALS, n)
             for column, threshold in enumerate(thresholds.unbind(-1)):
-                raw[f"token_above.{column}"] = passes.count_above(
-                    z[:, :n], threshold, scratch=scratch
-                )
-        if self._cosine:
-            raw["norm"] = torch.linalg.vector_norm(z, dim=-1)
+                raw[f"token_above.{column}"] = passes.count_above(mine, threshold, scratch=scratch)
+        self._cap()
+        if self._request.extremes:
+            raw["largest"], raw["least"] = self._largest[:, :n], mine.amin(-1)
+        if self._cosine and self._partners:
+            squares = torch.linalg.vector_norm(z, dim=-1).square()
+            raw["square"] = squares[:, :n]
+            for name, partner in self._partners.items():
+                raw[f"{name}.square"] = squares[:, partner]
         exponentials = self._scratch(EXPONENTIALS, z.shape[1])
-        raw["total"], raw["shift"] = passes.exponentiate(z, raw["largest"], out=exponentials)
+        total, shift = passes.exponentiate(z, self._largest, out=exponentials)
+        raw["total"], raw["shift"] = total[:, :n], shift[:, :n]
+        for name, partner in self._partners.items():
+            raw[f"{name}.total"], raw[f"{name}.shift"] = total[:, partner], shift[:, partner]
         if self._tile.paired:
-            self._compare_against(exponentials)
+            self._compare_against(exponentials, total)
         if self._tile.reference is not None:
-            self._compare_reference(exponentials, self._tile.reference)
+            self._compare_reference(exponentials, total)
         elif self._request.needs_entropy:
-            raw["mean"] = z[:, :n].mul_(exponentials[:, :n]).sum(-1)
-        return raw
+            raw["mean"] = mine.mul_(exponentials[:, :n]).sum(-1)
+        shape = (z.shape[0], n)
+        return list(raw), torch.stack([value.expand(shape) for value in raw.values()])
+
+    def _cap(self) -> None:
+        """Apply the head's softcap; what is ranked has been ranked, and given logits have it."""
+        if self._job.unembedding.softcap is None:
+            return
+        given = self._job.given_logits is not None
+        slots = slice(0, self._tile.reference if given else None)
+        self._largest = self._largest.clone()
+        for values in (self._z[:, slots], self._largest[:, slots]):
+            self._job.unembedding.cap(values, unit=BITS)
 
     def _scratch(self, which: int, n_slots: int) -> Float[Tensor, "group slot vocab"]:
         shape = (self._z.shape[0], n_slots, self._z.shape[2])
         return self._scratch_memory[which, : shape[0] * shape[1] * shape[2]].view(shape)
 
-    def _compare_against(self, exponentials: Float[Tensor, "group slot vocab"]) -> None:
-        n, total = self._tile.n_out, self._raw["total"]
-        partner = slice(n, 2 * n)
+    def _compare_against(
+        self, exponentials: Float[Tensor, "group slot vocab"], total: Float[Tensor, "group slot"]
+    ) -> None:
+        n, partner = self._tile.n_out, self._partners["against"]
         theirs, p = self._z[:, partner], exponentials[:, partner]
         if self._request.js:
             products = torch.mul(theirs, p, out=self._scratch(DIFFERENCE, n))
             self._raw["against.mean"] = products.sum(-1)
+        others = Others.of(theirs, p, total[:, partner])
+        self._raw["against.finite"] = others.finite.float()
         sums = passes.compare(
             self._z[:, :n],
             exponentials[:, :n],
             total[:, :n],
-            Others.of(theirs, p, total[:, partner]),
+            others,
             request=self._request,
             difference=self._scratch(DIFFERENCE, n),
             mixture=self._scratch(MIXTURE, n),
@@ -94,16 +118,16 @@ class Part:
         self._raw.update({f"against.{name}": value for name, value in sums.items()})
 
     def _compare_reference(
-        self, exponentials: Float[Tensor, "group slot vocab"], slot: int
+        self, exponentials: Float[Tensor, "group slot vocab"], total: Float[Tensor, "group slot"]
     ) -> None:
-        raw, total = self._raw, self._raw["total"]
-        partner = slice(slot, slot + 1)
+        n, raw, partner = self._tile.n_out, self._raw, self._partners["reference"]
         others = Others.of(self._z[:, partner], exponentials[:, partner], total[:, partner])
-        if self._request.needs_entropy:
-            raw["reference_mean"] = others.mean_of_z(exponentials)
+        raw["reference.finite"] = others.finite.float()
+        means = others.mean_of_z(exponentials) if self._request.needs_entropy else None
         # This is the last use of both logits and exponentials, which give their memory.
         # The reference does not differ from itself: where it is one of the rows, it is left out.
-        rows = slice(0, self._tile.n_out - int(self._tile.own_reference))
+        own = int(self._tile.own_reference)
+        rows = slice(0, n - own)
         sums = passes.compare(
             self._z[:, rows],
             exponentials[:, rows],
@@ -113,34 +137,10 @@ class Part:
             difference=self._z[:, rows],
             mixture=exponentials[:, rows],
         )
-        raw.update({f"reference.{name}": value for name, value in sums.items()})
-
-
-def own_rows(
-    tile: Tile, parts: Sequence[dict[str, Tensor]]
-) -> dict[str, Float[Tensor, "group row"]]:
-    """Join the sums of a tile's parts; return those of the caller's rows and of their partners.
-
-    Sums over a partner (another lens, the reference) carry its name: ``reference.total``. See
-    `finish` for what becomes of them.
-    """
-    n, n_slots = tile.n_out, tile.slots.shape[1]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if "norm" in joined:
-        joined["square"] = joined.pop("norm").square()
-    means = joined.pop("reference_mean", None)
-    rows: dict[str, Tensor] = {}
-    for name, value in joined.items():
-        if "." in name or name == "mean":  # of the caller's rows only; a reference among them is 0
-            rows[name] = torch.nn.functional.pad(value, (0, n - value.shape[1]))
-        else:
-            rows[name] = value[:, :n]
-    for partner, slots in partners(tile).items():
-        for name in ("total", "shift", "square"):
-            if name in joined:
-                rows[f"{partner}.{name}"] = joined[name][:, slots].expand(-1, n)
-        rows[f"{partner}.finite"] = rows[f"{partner}.finite"].expand(-1, n)
-    if means is not None:
-        rows["mean"] = rows["reference.p_difference"] + means[:, :n]
-        rows["reference.mean"] = means[:, tile.reference : n_slots][:, :1].expand(-1, n)
-    return rows
+        if not sums:
+            return
+        whole = torch.nn.functional.pad(torch.stack(list(sums.values())), (0, own)).unbind()
+        raw.update({f"reference.{name}": value for name, value in zip(sums, whole, strict=True)})
+        if means is not None:
+            raw["mean"] = raw["reference.p_difference"] + means[:, :n]
+            raw["reference.mean"] = means[:, partner]
