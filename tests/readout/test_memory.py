@@ -48,4 +48,4 @@ def test_peak_memory_stays_near_the_budget(dtype: str) -> None:
         text=True,
     )
     # All logits would take 166 MiB, a float32 copy of the weights 62 MiB.
-    assert int(done.stdout) < budget + 12 * 2**20
+    assert int(done.stdout) < budget + 24 * 2**20
