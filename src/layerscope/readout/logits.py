@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -103,15 +105,12 @@ def most_likely(
     job: Job,
     tile: Tile,
     own: Int[Tensor, "group row"],
-    z: Float[Tensor, "group slot vocab"],
-    maxima: Float[Tensor, "group slot block"],
+    candidates: Sequence[ranking.Candidates],
 ) -> dict[str, Tensor]:
     """Return the most likely tokens of the caller's rows, and which set members are among them."""
-    request, n, k = job.request, tile.n_out, job.n_likely
-    if not k:
-        return {}
-    found = ranking.top_k(z.flatten(0, 1), maxima.flatten(0, 1), k)
-    top_z, top_ids = (part.unflatten(0, z.shape[:2]) for part in found)
+    request, n = job.request, tile.n_out
+    found = ranking.Candidates.join(candidates).largest(job.n_likely)
+    top_z, top_ids = (part.unflatten(0, tile.slots.shape) for part in found)
     raw = {"top_z": top_z[:, :n], "top_ids": top_ids[:, :n]}
     if request.overlap_k:
         if tile.paired:

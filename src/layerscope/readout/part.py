@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,51 +38,38 @@ class Part:
         *,
         scratch: Float[Tensor, "buffer any"],
     ) -> None:
-        self._job, self._request = job, job.request
-        self._tile, self._z, self._largest = tile, z, largest
+        self._job, self._request, self._tile, self._z = job, job.request, tile, z
         # Where the head transforms its products, their cosines were taken before that.
         self._cosine = job.request.cosine and untransformed(job.unembedding)
         self._scratch_memory = scratch
-        self._partners = partners(tile)
-        self._raw: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] = {"largest": largest}
 
-    def sums(
-        self, thresholds: Float[Tensor, "group row n_tok"] | None
-    ) -> tuple[list[str], Float[Tensor, "sum group row"]]:
-        """Run the passes; return raw sums of the caller's rows, and their names.
-
-        See `finish` for what becomes of them.
+    def sums(self, thresholds: Float[Tensor, "group row n_tok"] | None) -> dict[str, Tensor]:
+        """Run the passes; return raw sums, for `own_rows` to sort out.
 
         Args:
             thresholds: logits of which the rank is wanted.
         """
-        raw, n = self._raw, self._tile.n_out
-        z, mine = self._z, self._z[:, : self._tile.n_out]
+        raw, n, z = self._raw, self._tile.n_out, self._z
         if thresholds is not None:
             scratch = self._scratch(EXPONENTIALS, n)
             for column, threshold in enumerate(thresholds.unbind(-1)):
-                raw[f"token_above.{column}"] = passes.count_above(mine, threshold, scratch=scratch)
+                above = passes.count_above(z[:, :n], threshold, scratch=scratch)
+                raw[f"token_above.{column}"] = above
         self._cap()
         if self._request.extremes:
-            raw["largest"], raw["least"] = self._largest[:, :n], mine.amin(-1)
-        if self._cosine and self._partners:
-            squares = torch.linalg.vector_norm(z, dim=-1).square()
-            raw["square"] = squares[:, :n]
-            for name, partner in self._partners.items():
-                raw[f"{name}.square"] = squares[:, partner]
+            raw["least"] = z.amin(-1)
+        if self._cosine and partners(self._tile):
+            raw["norm"] = torch.linalg.vector_norm(z, dim=-1)
         exponentials = self._scratch(EXPONENTIALS, z.shape[1])
-        total, shift = passes.exponentiate(z, self._largest, out=exponentials)
-        raw["total"], raw["shift"] = total[:, :n], shift[:, :n]
-        for name, partner in self._partners.items():
-            raw[f"{name}.total"], raw[f"{name}.shift"] = total[:, partner], shift[:, partner]
+        raw["total"], raw["shift"] = passes.exponentiate(z, raw["largest"], out=exponentials)
         if self._tile.paired:
-            self._compare_against(exponentials, total)
+            self._compare_against(exponentials)
         if self._tile.reference is not None:
-            self._compare_reference(exponentials, total)
+            self._compare_reference(exponentials, self._tile.reference)
         elif self._request.needs_entropy:
-            raw["mean"] = mine.mul_(exponentials[:, :n]).sum(-1)
-        shape = (z.shape[0], n)
-        return list(raw), torch.stack([value.expand(shape) for value in raw.values()])
+            raw["mean"] = z[:, :n].mul_(exponentials[:, :n]).sum(-1)
+        return raw
 
     def _cap(self) -> None:
         """Apply the head's softcap; what is ranked has been ranked, and given logits have it."""
@@ -88,29 +77,25 @@ class Part:
             return
         given = self._job.given_logits is not None
         slots = slice(0, self._tile.reference if given else None)
-        self._largest = self._largest.clone()
-        for values in (self._z[:, slots], self._largest[:, slots]):
+        for values in (self._z[:, slots], self._raw["largest"][:, slots]):
             self._job.unembedding.cap(values, unit=BITS)
 
     def _scratch(self, which: int, n_slots: int) -> Float[Tensor, "group slot vocab"]:
         shape = (self._z.shape[0], n_slots, self._z.shape[2])
         return self._scratch_memory[which, : shape[0] * shape[1] * shape[2]].view(shape)
 
-    def _compare_against(
-        self, exponentials: Float[Tensor, "group slot vocab"], total: Float[Tensor, "group slot"]
-    ) -> None:
-        n, partner = self._tile.n_out, self._partners["against"]
+    def _compare_against(self, exponentials: Float[Tensor, "group slot vocab"]) -> None:
+        n, total = self._tile.n_out, self._raw["total"]
+        partner = slice(n, 2 * n)
         theirs, p = self._z[:, partner], exponentials[:, partner]
         if self._request.js:
             products = torch.mul(theirs, p, out=self._scratch(DIFFERENCE, n))
             self._raw["against.mean"] = products.sum(-1)
-        others = Others.of(theirs, p, total[:, partner])
-        self._raw["against.finite"] = others.finite.float()
         sums = passes.compare(
             self._z[:, :n],
             exponentials[:, :n],
             total[:, :n],
-            others,
+            Others.of(theirs, p, total[:, partner]),
             request=self._request,
             difference=self._scratch(DIFFERENCE, n),
             mixture=self._scratch(MIXTURE, n),
@@ -118,16 +103,16 @@ class Part:
         self._raw.update({f"against.{name}": value for name, value in sums.items()})
 
     def _compare_reference(
-        self, exponentials: Float[Tensor, "group slot vocab"], total: Float[Tensor, "group slot"]
+        self, exponentials: Float[Tensor, "group slot vocab"], slot: int
     ) -> None:
-        n, raw, partner = self._tile.n_out, self._raw, self._partners["reference"]
+        raw, total = self._raw, self._raw["total"]
+        partner = slice(slot, slot + 1)
         others = Others.of(self._z[:, partner], exponentials[:, partner], total[:, partner])
-        raw["reference.finite"] = others.finite.float()
-        means = others.mean_of_z(exponentials) if self._request.needs_entropy else None
+        if self._request.needs_entropy:
+            raw["reference_mean"] = others.mean_of_z(exponentials)
         # This is the last use of both logits and exponentials, which give their memory.
         # The reference does not differ from itself: where it is one of the rows, it is left out.
-        own = int(self._tile.own_reference)
-        rows = slice(0, n - own)
+        rows = slice(0, self._tile.n_out - int(self._tile.own_reference))
         sums = passes.compare(
             self._z[:, rows],
             exponentials[:, rows],
@@ -137,10 +122,34 @@ class Part:
             difference=self._z[:, rows],
             mixture=exponentials[:, rows],
         )
-        if not sums:
-            return
-        whole = torch.nn.functional.pad(torch.stack(list(sums.values())), (0, own)).unbind()
-        raw.update({f"reference.{name}": value for name, value in zip(sums, whole, strict=True)})
-        if means is not None:
-            raw["mean"] = raw["reference.p_difference"] + means[:, :n]
-            raw["reference.mean"] = means[:, partner]
+        raw.update({f"reference.{name}": value for name, value in sums.items()})
+
+
+def own_rows(
+    tile: Tile, parts: Sequence[dict[str, Tensor]]
+) -> dict[str, Float[Tensor, "group row"]]:
+    """Join the sums of a tile's parts; return those of the caller's rows and of their partners.
+
+    Sums over a partner (another lens, the reference) carry its name: ``reference.total``. See
+    `finish` for what becomes of them.
+    """
+    n = tile.n_out
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if "norm" in joined:
+        joined["square"] = joined.pop("norm").square()
+    means = joined.pop("reference_mean", None)
+    rows: dict[str, Tensor] = {}
+    for partner, slots in partners(tile).items():
+        rows[f"{partner}.finite"] = joined.pop(f"{partner}.finite").expand(-1, n)
+        for name in ("total", "shift", "square"):
+            if name in joined:
+                rows[f"{partner}.{name}"] = joined[name][:, slots].expand(-1, n)
+    for name, value in joined.items():
+        if value.shape[1] < n:  # without the reference, which does not differ from itself
+            rows[name] = torch.nn.functional.pad(value, (0, n - value.shape[1]))
+        else:
+            rows[name] = value[:, :n]
+    if means is not None and tile.reference is not None:
+        rows["mean"] = rows["reference.p_difference"] + means[:, :n]
+        rows["reference.mean"] = means[:, tile.reference, None].expand(-1, n)
+    return rows

@@ -9,12 +9,13 @@ because ``exp2`` and ``log2`` are several times faster on CPUs than ``exp`` and 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.readout.request import Request
@@ -32,12 +33,11 @@ def exponentiate(
     out: Float[Tensor, "group slot vocab"],
 ) -> tuple[Float[Tensor, "group slot"], Float[Tensor, "group slot"]]:
     """Write ``2 ** (z - shift)`` to `out`; return its sums and the shifts."""
-    shift = torch.where(largest.abs() > _EXP2_RANGE, largest, torch.zeros_like(largest))
     # Reading a value back would stall an accelerator, where one more pass is cheap.
-    if z.device.type != "cpu" or bool(shift.any()):
-        torch.exp2(torch.sub(z, shift[..., None], out=out), out=out)
-    else:
-        torch.exp2(z, out=out)
+    if z.device.type == "cpu" and float(largest.abs().amax()) <= _EXP2_RANGE:  # False for NaN
+        return torch.exp2(z, out=out).sum(-1), torch.zeros_like(largest)
+    shift = torch.where(largest.abs() > _EXP2_RANGE, largest, torch.zeros_like(largest))
+    torch.exp2(torch.sub(z, shift[..., None], out=out), out=out)
     return out.sum(-1), shift
 
 
@@ -58,12 +58,12 @@ class Others:
     Attributes:
         both: normalised probabilities (the smallest normal number stands in for 0, below
             logarithms), then logits in bits.
-        finite: whether the logits were. Others are replaced by 0, so that what is compared with
-            them keeps its own sums.
+        finite: 1 where the logits were finite, else 0. Logits that were not are replaced by 0, so
+            that what is compared with them keeps its own sums.
     """
 
     both: Float[Tensor, "group twice_other vocab"]
-    finite: Bool[Tensor, "group other"]
+    finite: Float[Tensor, "group other"]
 
     @staticmethod
     def of(
@@ -73,15 +73,16 @@ class Others:
     ) -> Others:
         """Copy what the passes would overwrite, and normalise it."""
         n = z.shape[1]
-        both = z.new_empty(z.shape[0], 2 * n, z.shape[2])
-        q, logits = both[:, :n], both[:, n:]
+        both = torch.cat((exponentials, z), dim=1)
+        q = both[:, :n]
+        q.div_(total[..., None]).clamp_min_(_TINY)
+        # A sum that is finite saves a closer look.
+        if z.device.type == "cpu" and math.isfinite(float(z.sum())):
+            return Others(both, torch.ones_like(total))
         # 0 times anything finite is 0; times NaN or infinity it is NaN.
-        finite = torch.mul(z, 0.0, out=q).sum(-1) == 0.0
-        logits.copy_(z)
-        torch.mul(exponentials, total.reciprocal()[..., None], out=q).clamp_min_(_TINY)
-        if z.device.type != "cpu" or not bool(finite.all()):
-            both.masked_fill_(~finite.repeat(1, 2)[..., None], 0.0)
-        return Others(both, finite)
+        finite = (z * 0.0).sum(-1) == 0.0
+        both.masked_fill_(~finite.repeat(1, 2)[..., None], 0.0)
+        return Others(both, finite.float())
 
     @property
     def q(self) -> Float[Tensor, "group other vocab"]:
@@ -133,9 +134,9 @@ def compare(
     Returns:
         ``p_difference`` sum of p (z - z'); ``q_difference`` sum of q (z - z');
         ``other_difference`` sum of z' (z - z'); ``mixture`` sum of m log2 m with m = p / total + q;
-        ``overlap`` sum of min(m, 2 q).
+        ``overlap`` sum of min(m, 2 q); ``finite`` of the others.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {"finite": others.finite}
     torch.sub(z, others.z, out=difference)
     if request.kl_from_reference or request.cosine:
         sums["q_difference"], sums["other_difference"] = others.project(difference)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _LONGEST_BLOCK = 64
-_CROWDED = 32  # times k: with more candidates than this a row is sorted in full
+_CROWDED = 64  # times k: with more candidates than this a row is sorted in full
 
 
 def block_length(d_vocab: int, k: int) -> int:
@@ -28,46 +32,83 @@ def block_maxima(logits: Float[Tensor, "*row vocab"], length: int) -> Float[Tens
     return torch.cat((maxima, rest), dim=-1)
 
 
-def top_k(
+@dataclass(frozen=True)
+class Candidates:
+    """Every logit that may be among the k largest of its row, ordered by row and then by id."""
+
+    rows: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    n_rows: int
+
+    @staticmethod
+    def join(parts: Sequence[Candidates]) -> Candidates:
+        """Append the rows of several parts."""
+        offsets = itertools.accumulate((part.n_rows for part in parts), initial=0)
+        rows = [part.rows + offset for part, offset in zip(parts, offsets, strict=False)]
+        return Candidates(
+            torch.cat(rows),
+            torch.cat([part.ids for part in parts]),
+            torch.cat([part.values for part in parts]),
+            sum(part.n_rows for part in parts),
+        )
+
+    def largest(self, k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+        """Return the k largest of every row and their ids, largest first, ties by lowest id.
+
+        A row with fewer candidates (one with NaN) is filled up with -inf and id 0.
+        """
+        count = torch.bincount(self.rows, minlength=self.n_rows)
+        start = count.cumsum(0) - count
+        place = torch.arange(len(self.rows), device=start.device) - start[self.rows]
+        values = self.values.new_full((self.n_rows, max(k, int(count.max()))), -torch.inf)
+        ids = self.ids.new_zeros(values.shape)
+        values[self.rows, place], ids[self.rows, place] = self.values, self.ids
+        # They come in the order of their ids, so that a stable sort leaves the lowest first.
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], ids.gather(1, order[:, :k])
+
+
+def candidates(
     logits: Float[Tensor, "row vocab"], maxima: Float[Tensor, "row block"], k: int
-) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """Return the k largest logits of every row and their ids, largest first, ties by lowest id.
+) -> Candidates:
+    """Find all logits that may be among the k largest of their rows, ties included.
 
     The block maxima give a bound that at least k logits reach; only the blocks that reach it are
-    searched, and all logits that reach it are sorted. A row with NaN has ids without meaning.
+    searched.
 
     Args:
         logits: at least k columns.
         maxima: their `block_maxima` for `block_length(vocab, k)`.
-        k: how many.
+        k: how many are looked for.
     """
     if maxima.shape[1] < k:
         return _sorted(logits, k)
     bound = _bound(maxima, k)
     rows, ids, values = _reaching(logits, maxima >= bound, bound, block_length(logits.shape[1], k))
-    count = torch.bincount(rows, minlength=len(logits))
-    width = max(k, min(int(count.max()), _CROWDED * k))
-    place = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[rows]
-    crowded = (count > width).nonzero().flatten()
-    if crowded.numel():
-        kept = place < width
-        rows, ids, values, place = rows[kept], ids[kept], values[kept], place[kept]
-    padded = values.new_full((len(logits), width), -torch.inf)
-    padded_ids = ids.new_zeros(padded.shape)
-    padded[rows, place], padded_ids[rows, place] = values, ids
-    # They come in the order of their ids, so that a stable sort leaves the lowest first.
-    padded, order = padded.sort(dim=-1, descending=True, stable=True)
-    top, top_ids = padded[:, :k], padded_ids.gather(1, order[:, :k])
-    if crowded.numel():
-        top[crowded], top_ids[crowded] = _sorted(logits[crowded], k)
-    return top, top_ids
+    found = Candidates(rows, ids, values, len(logits))
+    if len(rows) <= _CROWDED * k:  # then no row can be
+        return found
+    crowded = torch.bincount(rows, minlength=len(logits)) > _CROWDED * k
+    return _relieve(logits, found, crowded, k) if bool(crowded.any()) else found
 
 
-def _sorted(
-    logits: Float[Tensor, "row vocab"], k: int
-) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    values, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k], ids[:, :k]
+def _relieve(
+    logits: Float[Tensor, "row vocab"], found: Candidates, crowded: Bool[Tensor, " row"], k: int
+) -> Candidates:
+    """Replace the candidates of crowded rows by the k largest themselves."""
+    which, kept = crowded.nonzero().flatten(), ~crowded[found.rows]
+    exact = _sorted(logits[which], k)
+    rows, order = torch.cat((found.rows[kept], which[exact.rows])).sort(stable=True)
+    ids = torch.cat((found.ids[kept], exact.ids))[order]
+    return Candidates(rows, ids, torch.cat((found.values[kept], exact.values))[order], found.n_rows)
+
+
+def _sorted(logits: Float[Tensor, "row vocab"], k: int) -> Candidates:
+    """Return exactly the k largest of every row, by a full sort."""
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values
+    rows = torch.arange(len(logits), device=logits.device).repeat_interleave(ids.shape[1])
+    return Candidates(rows, ids.flatten(), logits.gather(1, ids).flatten(), len(logits))
 
 
 def _bound(maxima: Float[Tensor, "row block"], k: int) -> Float[Tensor, "row 1"]:

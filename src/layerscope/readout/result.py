@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +64,11 @@ class Collector:
 
     def __init__(self) -> None:
         self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._stacks: list[tuple[Sequence[str], Tensor, Tensor]] = []
 
     def add(self, rows: Int[Tensor, " n"], values: dict[str, Tensor]) -> None:
         """Take some values of the caller's rows `rows`."""
         for name, value in values.items():
             self._pieces.setdefault(name, []).append((rows, value))
-
-    def add_stack(
-        self, rows: Int[Tensor, " n"], names: Sequence[str], stack: Float[Tensor, "name n"]
-    ) -> None:
-        """Take several sums of the caller's rows `rows`, stacked."""
-        self._stacks.append((names, rows, stack))
 
     def finish(self, *, n_rows: int) -> dict[str, Tensor]:
         """Return CPU tensors of all rows: NaN, 0 or False where a row has no value."""
@@ -87,9 +79,4 @@ class Collector:
             empty = torch.nan if values.is_floating_point() else 0
             joined[name] = torch.full((n_rows, *values.shape[1:]), empty, dtype=values.dtype)
             joined[name][rows] = values
-        known = list(dict.fromkeys(name for names, _, _ in self._stacks for name in names))
-        sums = torch.full((len(known), n_rows), torch.nan)
-        for names, rows, stack in self._stacks:
-            which = torch.tensor([known.index(name) for name in names])
-            sums[which[:, None], rows.cpu()] = stack.cpu()
-        return joined | dict(zip(known, sums, strict=True))
+        return joined

@@ -9,7 +9,7 @@ from torch import Tensor
 from layerscope.products import ProductChoice, Products, choose
 from layerscope.readout import finish, geometry, logits, ranking
 from layerscope.readout.job import Job
-from layerscope.readout.part import Part
+from layerscope.readout.part import Part, own_rows
 from layerscope.readout.plan import Budget, Tile, plan
 from layerscope.readout.request import Reference, Request, TokenSets
 from layerscope.readout.result import Collector, Readout
@@ -132,22 +132,21 @@ class _Stream:
         step = self.budget.worked_on(n_slots)
         parts = [slice(first, first + step) for first in range(0, n_groups, step)]
 
-        def work(part: slice, worker: int) -> tuple[dict[str, Tensor], list[str], Tensor]:
+        def work(part: slice, worker: int) -> tuple[ranking.Candidates | None, dict[str, Tensor]]:
             maxima = ranking.block_maxima(z[part], self.block_length)
-            likely = logits.most_likely(job, tile, own[part], z[part], maxima)
-            names, sums = Part(
-                job,
-                tile,
-                z[part],
-                maxima.amax(-1),
-                scratch=self.scratch[worker],
-            ).sums(found["token_z"][part] if "token_z" in found else None)
-            return likely, names, sums
+            likely = None
+            if job.n_likely:
+                rows = (z[part].flatten(0, 1), maxima.flatten(0, 1))
+                likely = ranking.candidates(*rows, job.n_likely)
+            passes = Part(job, tile, z[part], maxima.amax(-1), scratch=self.scratch[worker])
+            return likely, passes.sums(found["token_z"][part] if "token_z" in found else None)
 
         done = self.workers.map(work, parts, at_once=self.budget.workers)
-        for part, (likely, names, sums) in zip(parts, done, strict=True):
-            collector.add(own[part].flatten(), _flattened(likely))
-            collector.add_stack(own[part].flatten(), names, sums.flatten(1))
+        raw = own_rows(tile, [sums for _, sums in done])
+        candidates = [likely for likely, _ in done if likely is not None]
+        if candidates:
+            raw.update(logits.most_likely(job, tile, own, candidates))
+        collector.add(own.flatten(), _flattened(raw))
 
 
 def _flattened(values: dict[str, Tensor]) -> dict[str, Tensor]:
