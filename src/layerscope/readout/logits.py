@@ -13,7 +13,7 @@ from layerscope.products import products as product_scope
 from layerscope.readout import ranking
 from layerscope.readout.job import BITS, Job, take
 from layerscope.readout.plan import Budget, Tile
-from layerscope.readout.unembedding import as_float32, untransformed
+from layerscope.readout.unembedding import untransformed
 from layerscope.readout.workers import Workers
 
 
@@ -23,18 +23,22 @@ def multiply(
     *,
     out: Float[Tensor, "slots vocab"],
     budget: Budget,
+    converted: Sequence[Float[Tensor, "slice d_model"]] | None,
     products: ProductChoice,
     workers: Workers,
 ) -> None:
     """Write the bare products, in bits, one slice of the vocabulary for each worker at a time.
 
-    Low-precision weights are converted to float32 slice by slice.
+    Low-precision weights are converted to float32 slice by slice, in each worker's `converted`.
     """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
 
     def work(tokens: slice, worker: int) -> None:
-        torch.mm(in_bits, as_float32(weight[tokens]).T, out=out[:, tokens])
+        part = weight[tokens]
+        if converted is not None:
+            part = converted[worker][: len(part)].copy_(part)
+        torch.mm(in_bits, part.T, out=out[:, tokens])
 
     slices = [slice(first, first + budget.slice) for first in range(0, len(weight), budget.slice)]
     with product_scope(products):

@@ -105,6 +105,10 @@ class _Stream:
             torch.empty(n_buffers, worked_on * d_vocab, device=device)
             for _ in range(budget.workers)
         ]
+        self.converted: list[Tensor] | None = None
+        if job.unembedding.weight.dtype != torch.float32:
+            shape = (budget.slice, job.unembedding.d_model)
+            self.converted = [torch.empty(shape, device=device) for _ in range(budget.workers)]
 
     def read(self, tile: Tile, collector: Collector) -> None:
         """Unembed one tile and collect its raw sums."""
@@ -119,6 +123,7 @@ class _Stream:
             vectors,
             out=flat,
             budget=self.budget,
+            converted=self.converted,
             products=self.products,
             workers=self.workers,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -103,8 +102,3 @@ class Unembedding:
 def untransformed(unembedding: Unembedding) -> bool:
     """Return True when the logits are the bare products: no bias, scale or softcap."""
     return unembedding.bias is None and unembedding.scale == 1.0 and unembedding.softcap is None
-
-
-def as_float32(weight: Tensor) -> Tensor:
-    """Return `weight` itself when it is float32, else a float32 copy of this (small) slice."""
-    return weight if weight.dtype == torch.float32 else weight.float()
