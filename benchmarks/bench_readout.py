@@ -30,7 +30,12 @@ BARE_ROWS = 208
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Return the milliseconds that one call takes."""
+    """Return the milliseconds that one call takes, begun on idle cores.
+
+    Threads that torch started for the call before keep spinning for about 10 ms; waiting for them
+    to stop keeps one variant from being charged for another.
+    """
+    time.sleep(0.03)
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
