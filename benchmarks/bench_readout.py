@@ -1,93 +1,28 @@
 """The readout against its own bare matrix products, and against one unembedding per layer.
 
-Run: ``python benchmarks/bench_readout.py [--positions 64] [--rounds 9] [--json out.json]``
+    python -m benchmarks readout
 
 Bare products are the same products with the same row tiles and the same precision, written to one
 reused buffer; nothing else. Every round runs all variants once, so that each ratio is taken between
-neighbours in time; medians of those ratios are reported with their extremes.
+neighbours in time. Peak memory is measured in a process of its own.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import subprocess
+import sys
+from functools import partial
 
-import psutil
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Report, interleave, paired_ratio, set_threads
 from layerscope.products import choose, products
 from layerscope.readout import Reference, Request, TokenSets, Unembedding, readout
 
 LAYERS, WIDTH, VOCAB = 13, 768, 32_000
 BARE_ROWS = 208
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Return the milliseconds that one call takes, begun on idle cores.
-
-    Threads that torch started for the call before keep spinning for about 10 ms; waiting for them
-    to stop keeps one variant from being charged for another.
-    """
-    time.sleep(0.03)
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
-class Disturbance:
-    """How many cores other processes used since the last question."""
-
-    def __init__(self) -> None:
-        self._own, self._all, self._at = self._read()
-
-    def _read(self) -> tuple[float, float, float]:
-        own, whole = psutil.Process().cpu_times(), psutil.cpu_times()
-        busy = sum(whole) - whole.idle - getattr(whole, "iowait", 0.0)
-        return own.user + own.system, busy, time.perf_counter()
-
-    def cores(self) -> float:
-        """Return cores used by others, and start anew."""
-        own, whole, at = self._read()
-        used = (whole - self._all - own + self._own) / max(at - self._at, 1e-9)
-        self._own, self._all, self._at = own, whole, at
-        return max(used, 0.0)
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]],
-    *,
-    rounds: int,
-    warmup: int = 2,
-    quiet: float = 0.15,
-    patience_s: float = 40.0,
-) -> dict[str, list[float]]:
-    """Time all calls in turn until `rounds` rounds were undisturbed, or patience is at an end.
-
-    A round in which other processes used more than `quiet` cores is set aside. If too few quiet
-    ones came, the least disturbed of the others fill up.
-    """
-    taken: list[tuple[float, dict[str, float]]] = []
-    begun = time.perf_counter()
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    while sum(cores <= quiet for cores, _ in taken) < rounds:
-        if len(taken) >= rounds and time.perf_counter() - begun > patience_s:
-            break
-        disturbance = Disturbance()
-        times = {name: timed(call) for name, call in calls.items()}
-        taken.append((disturbance.cores(), times))
-    best = sorted(taken, key=lambda one: one[0])[:rounds]
-    kept = {name: [times[name] for _, times in best] for name in calls}
-    kept["other cores"] = [cores for cores, _ in best]
-    return kept
+MEMORY_MIB = 512
 
 
 class Case:
@@ -115,12 +50,12 @@ class Case:
             for block in self.hidden.split(BARE_ROWS):
                 torch.mm(block, self.head.weight.T, out=self.buffer[: len(block)])
 
-    def full(self, mode: str, *, top_k: int = 20, overlap_k: int = 0) -> object:
-        """Every statistic."""
+    def full(self, mode: str) -> object:
+        """Every statistic: both KLs, JS, L1, cosines, ranks, masses, top 20, gap, top-50 sets."""
         return readout(
             self.hidden,
             self.head,
-            request=Request(top_k=top_k, overlap_k=overlap_k),
+            request=Request(top_k=20, overlap_k=50, extremes=False),
             reference=self.reference,
             tokens=self.tokens,
             token_sets=self.sets,
@@ -151,78 +86,72 @@ def per_layer(rows: Tensor, weight: Tensor) -> None:
         torch.log_softmax(logits, dim=-1)
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {
-        "median": round(statistics.median(times), 3),
-        "min": round(min(times), 3),
-        "max": round(max(times), 3),
-    }
-
-
-def ratios(times: dict[str, list[float]], above: str, below: str) -> dict[str, float]:
-    """Ratios of neighbours in time."""
-    return summary([a / b for a, b in zip(times[above], times[below], strict=True)])
-
-
-def run(positions: int, *, rounds: int) -> dict[str, Any]:
-    """Run one size; return medians (ms) and ratios."""
-    case = Case(positions)
-    times = interleave(
-        {
-            "bare checked": lambda: case.bare("checked"),
-            "readout checked": lambda: case.full("checked"),
-            "readout checked, top-50 sets": lambda: case.full("checked", overlap_k=50),
-            "light checked": lambda: case.light("checked"),
-            "bare default": lambda: case.bare("default"),
-            "readout default": lambda: case.full("default"),
-        },
-        rounds=rounds,
-    )
+def main(*, rounds: int = 9, positions: tuple[int, ...] = (64, 256)) -> Report:
+    set_threads()
+    report = Report("readout")
+    bounds = {"default": 1.15, "checked": 1.35}
+    for count in positions:
+        case = Case(count)
+        for mode, bound in bounds.items():
+            timings = interleave(
+                {
+                    f"bare products, {mode}": partial(case.bare, mode),
+                    f"all statistics, {mode}": partial(case.full, mode),
+                    f"table columns, {mode}": partial(case.light, mode),
+                },
+                rounds=rounds,
+                warmup=2,
+            )
+            report.add(f"{LAYERS} layers x {count} positions", timings)
+            ratio = paired_ratio(timings, f"all statistics, {mode}", f"bare products, {mode}")
+            report.claim(f"all statistics / bare products, {mode}, T={count}", ratio, bound)
+    case = Case(positions[0])
     one = case.last_position()
     index = Reference(index=torch.full((LAYERS,), LAYERS - 1))
     last = interleave(
         {
-            "per layer": lambda: per_layer(one, case.head.weight),
-            "readout default": lambda: readout(one, case.head, reference=index, products="default"),
-            "readout checked": lambda: readout(one, case.head, reference=index),
+            "one unembedding per layer": lambda: per_layer(one, case.head.weight),
+            "readout, default": lambda: readout(
+                one, case.head, reference=index, products="default"
+            ),
+            "readout, checked": lambda: readout(one, case.head, reference=index),
         },
-        rounds=rounds,
+        rounds=2 * rounds,
+        warmup=2,
     )
-    return {
-        "positions": positions,
-        "ms": {name: summary(values) for name, values in times.items()},
-        "ratio checked": ratios(times, "readout checked", "bare checked"),
-        "ratio checked, top-50 sets": ratios(times, "readout checked, top-50 sets", "bare checked"),
-        "ratio light": ratios(times, "light checked", "bare checked"),
-        "ratio default": ratios(times, "readout default", "bare default"),
-        "last position ms": {name: summary(values) for name, values in last.items()},
-        "last position speed-up default": ratios(last, "per layer", "readout default"),
-        "last position speed-up checked": ratios(last, "per layer", "readout checked"),
-    }
+    report.add("all layers, last position", last)
+    for mode in bounds:
+        ratio = paired_ratio(last, "one unembedding per layer", f"readout, {mode}")
+        report.claim(f"per-layer loop / readout, {mode}", ratio, 4.0, at_most=False)
+    peak = peak_memory_mib()
+    report.claim("extra peak memory, 32 x 2,048 rows x 128,256 tokens (MiB)", peak, MEMORY_MIB)
+    report.rows[-1]["products"] = choose("checked").to_dict()
+    return report
 
 
-def main() -> None:
-    """Run the sizes asked for and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--positions", type=int, nargs="+", default=[64])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    results = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "products": choose("checked").to_dict(),
-        "runs": [run(positions, rounds=options.rounds) for positions in options.positions],
-    }
-    text = json.dumps(results, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
+def peak_memory_mib() -> float:
+    """Return the extra peak memory of a large readout, less its statistics.
 
-
-if __name__ == "__main__":
-    main()
+    32 layers x 2,048 positions x 128,256 tokens at width 1,024 would take hours here; memory does
+    not depend on the number of rows, so 1,024 of them are read. Peak resident set of a fresh
+    process, over what it held before the readout.
+    """
+    script = (
+        "import resource, torch\n"
+        "from layerscope.products import choose\n"
+        "from layerscope.readout import *\n"
+        "torch.set_num_threads(2)\n"
+        "choose('checked')\n"
+        "weight = torch.randn(128256, 1024)\n"
+        "hidden = torch.randn(1024, 1024)\n"
+        "index = torch.arange(32).repeat_interleave(32) * 32 + 31\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "readout(hidden[:4, :8], Unembedding(weight[:64, :8].contiguous()))\n"
+        "before = peak()\n"
+        "readout(hidden, Unembedding(weight), reference=Reference(index=index))\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnterp", "tuned-lens", "layerscope")
+# Threads that the previous contender left spinning must not be charged to the next one.
+SETTLE_S = 0.03
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -113,6 +115,7 @@ def interleave(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
+            time.sleep(SETTLE_S)
             start = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - start)

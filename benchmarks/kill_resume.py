@@ -63,8 +63,9 @@ def main() -> int:
         )
         whole = time.perf_counter() - start
         print(f"uninterrupted: {whole:.1f} s, table {digest(base / 'whole')[:16]}")
-        killed = 0
-        for attempt in range(options.kills):
+        attempt = killed = 0
+        while killed < options.kills:
+            attempt += 1
             process = subprocess.Popen(
                 command(options.model, prompts, base / "killed"),
                 stdout=subprocess.DEVNULL,
@@ -81,7 +82,7 @@ def main() -> int:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
                 killed += 1
-                print(f"{attempt + 1:3d}: killed after {wait:.2f} s")
+                print(f"{attempt:3d}: killed after {wait:.2f} s")
         subprocess.run(
             command(options.model, prompts, base / "killed"), check=True, stdout=subprocess.DEVNULL
         )
