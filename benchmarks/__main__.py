@@ -11,7 +11,7 @@ import argparse
 import importlib
 import os
 
-BENCHMARKS = ("readout", "lens", "layers")
+BENCHMARKS = ("readout", "capture", "lens", "layers")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The whole lens, forward pass included, against the peers; and the price of capturing.
+"""The whole lens, forward pass included, and capturing, against the peers.
 
     python -m benchmarks lens
 
@@ -47,8 +47,6 @@ def main(*, rounds: int = 7, tokens: tuple[int, ...] = (64, 256)) -> Report:
                 report.claim(f"{ours} / TransformerLens logit_lens, T={count}", ratio, bound)
         timings, _ = race(CAPTURE, folder, tokens=count, rounds=2 * rounds)
         report.add(f"capture all residuals, T={count}", timings)
-        ratio = paired_ratio(timings, "layerscope:capture", "huggingface:forward")
-        report.claim(f"capture of every residual / bare forward, T={count}", ratio, 1.03)
     timings, _ = race(LAST, folder, tokens=tokens[0], rounds=2 * rounds)
     report.add("all layers, last position", timings)
     for ours in ("layerscope:last", "layerscope:last-checked"):
