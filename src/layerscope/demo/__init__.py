@@ -1,7 +1,7 @@
 """The embedded model: a small, real, trained language model that ships inside the package.
 
-This package holds the model itself (the folder `layerscope-demo/`, in Hugging Face format) and everything
-that made it: the grammar of its training text (`corpus`), its trainer (`train`) and its
+This package holds the model itself (the folder `layerscope-demo/`, in Hugging Face format) and
+everything that made it: the grammar of its training text (`corpus`), its trainer (`train`) and its
 evaluation (`evaluate`). Importing `layerscope.demo` imports neither torch nor transformers.
 """
 
