@@ -95,7 +95,11 @@ def test_failure_of_one_model_is_a_status(
 
 
 def test_interruption_keeps_finished_work_and_goes_on(
-    folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from layerscope.cli import sweep
 
@@ -108,6 +112,7 @@ def test_interruption_keeps_finished_work_and_goes_on(
 
     monkeypatch.setattr(sweep, "write_run_files", interrupted)
     assert layers(*words) == 130
+    assert capsys.readouterr().err.count("interrupted; finished work is kept") == 1
     monkeypatch.setattr(sweep, "write_run_files", real)
     assert layers(*words) == 0
     assert [path.name for path in out.glob("run-*")] == ["run-latest"]

@@ -73,10 +73,10 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = build()(words, standalone_mode=False)
     except KeyboardInterrupt:
-        _say("interrupted; finished work is kept, run the same command to go on")
-        return EXIT_INTERRUPTED
+        return _interrupted()
     except typer.Exit as stop:
-        return stop.exit_code
+        # Some versions of typer turn Ctrl-C inside a command into this exit code.
+        return _interrupted() if stop.exit_code == EXIT_INTERRUPTED else stop.exit_code
     except typer.Abort:
         _say("aborted")
         return EXIT_INTERRUPTED
@@ -91,7 +91,14 @@ def run(arguments: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _unexpected(error, debug=debug)
+    if result == EXIT_INTERRUPTED:
+        return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    _say("interrupted; finished work is kept, run the same command to go on")
+    return EXIT_INTERRUPTED
 
 
 def _unexpected(error: Exception, *, debug: bool) -> int:
