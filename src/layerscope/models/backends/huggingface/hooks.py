@@ -242,8 +242,12 @@ class Resume:
     ) -> Generator[None]:
         """Hand block `layer` the stored residual, in the pass of `run` alone."""
 
-        def replace_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if _running.get() is not run:
+        def replace_input(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            # Without kwargs: torch calls so when the hook is removed while another thread's pass,
+            # which it does not concern, is about to call it.
+            if _running.get() is not run or kwargs is None:
                 return None
             return _with_input(args, kwargs, residual.to(_first_tensor(args, kwargs)))
 
@@ -293,8 +297,11 @@ class Resume:
 
 
 def _input_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _running.get() is not recorder:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Without kwargs: another thread's pass, as in `Resume.at`.
+        if _running.get() is not recorder or kwargs is None:
             return None
         value = _first_tensor(args, kwargs)
         if not recorder.edits(site):
