@@ -150,7 +150,9 @@ def _how(options: SweepOptions) -> list[Any]:
 
 def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: SweepOptions) -> Plan:
     """Load one model and check every prompt against it; nothing is written."""
-    with console(stderr=True).status(f"loading {model}"):
+    from rich.markup import escape
+
+    with console(stderr=True).status(f"loading {escape(model)}"):
         loaded = load(
             model,
             device=options.device,

@@ -119,9 +119,15 @@ def test_bad_prompts_are_refused_before_any_work(model: LanguageModel) -> None:
         ({"lenses": ()}, "at least one"),
         ({"lenses": ("raw", "raw")}, "once"),
         ({"norm_choice": "finale"}, "did you mean 'final'"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 4}, "top_k must be at least 5"),
+        ({"readout_bytes": 0}, "readout_bytes must be at least 1"),
     ],
 )
 def test_bad_configuration(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         LayersConfig(**options)
+
+
+def test_records_with_an_unknown_column_are_refused(model: LanguageModel) -> None:
+    with pytest.raises(PromptError, match="did you mean 'answer'"):
+        layerscope.analyze(model, [{"key": "a", "prompt": "one", "anwser": "two"}])

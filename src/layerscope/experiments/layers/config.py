@@ -46,7 +46,9 @@ class LayersConfig:
                 f"unknown norm choice {self.norm_choice!r}"
                 f"{nearest(self.norm_choice, ('final', 'next_norm'))}; use final or next_norm"
             )
-        for name in ("top_k", "passes_per_batch", "batch_bytes", "readout_bytes"):
+        if self.top_k < 5:  # p_top5 sums the five most likely
+            raise ConfigError(f"top_k must be at least 5, not {self.top_k}")
+        for name in ("passes_per_batch", "batch_bytes", "readout_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 

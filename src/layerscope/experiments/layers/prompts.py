@@ -114,6 +114,12 @@ class PromptSet:
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from None
 
+    @staticmethod
+    def from_records(name: str, records: Iterable[Mapping[str, Any]]) -> PromptSet:
+        """Build a set from mappings with the columns of a prompt file; raises PromptError."""
+        facts = [_fact(record, f"prompt {n}") for n, record in enumerate(records, start=1)]
+        return PromptSet(name, tuple(facts))
+
     def passes(self) -> tuple[Pass, ...]:
         """Return every pass in running order: facts with their ablated wording, then controls."""
         found: list[Pass] = []

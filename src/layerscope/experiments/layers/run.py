@@ -13,7 +13,7 @@ from layerscope.experiments import provenance
 from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.decode import BatchDecoder
 from layerscope.experiments.layers.prepare import WorkUnit, prepare, work_units
-from layerscope.experiments.layers.prompts import Fact, PromptSet
+from layerscope.experiments.layers.prompts import PromptSet
 from layerscope.lenses import get_lens
 from layerscope.measures.copy import with_copy_flags
 from layerscope.measures.summary import summarise
@@ -157,7 +157,7 @@ def _prompt_set(
         return prompts
     if isinstance(prompts, str | Path):
         return PromptSet.from_file(prompts)
-    return PromptSet("given", tuple(Fact(**entry) for entry in prompts))
+    return PromptSet.from_records("given", prompts)
 
 
 def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
