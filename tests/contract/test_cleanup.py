@@ -9,7 +9,7 @@ import torch
 
 from layerscope.errors import EditError, ModelError
 from layerscope.models import Add, Apply, Start
-from layerscope.models.backends.huggingface.hooks import Point
+from layerscope.models.backends.huggingface.hooks import Carrier, Point
 from layerscope.models.sites import Site
 from support.loaded import EVERY, batch_of, hf, loaded, state_of
 
@@ -168,8 +168,12 @@ def test_a_stand_in_of_someone_else_comes_back():
 
 def test_a_site_that_never_fires_is_an_error(monkeypatch):
     model = loaded("llama")
-    points = {**model.backend._points, Site("resid_mid", 1): Point(torch.nn.Identity(), "input")}
-    monkeypatch.setattr(model.backend, "_points", points)
+    found, absent = model.backend._points._find, Point(Carrier(torch.nn.Identity(), "input"))
+    monkeypatch.setattr(
+        model.backend._points,
+        "_find",
+        lambda site: absent if site == Site("resid_mid", 1) else found(site),
+    )
     with pytest.raises(ModelError, match=r"never reached resid_mid.1"):
         model.run(batch_of(0), capture="resid_*.1")
     with pytest.raises(ModelError, match=r"never reached resid_mid.1"):

@@ -131,7 +131,8 @@ def test_every_edit_is_what_a_plain_hook_does(family, site, kind):
 def test_edits_enter_the_residual_stream_where_they_say(family):
     """The sums of the residual stream hold after an edit of any of its terms."""
     model, batch = loaded(family), batch_of(0)
-    sites = [s for s in model.sites() if s.layer == 1 and s.kind not in ("attn_in", "mlp_in")]
+    kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    sites = [site for site in model.sites() if site.layer == 1 and site.kind in kinds]
     for site in sites:
         result = model.run(batch, edits=[Add(site, vector(7))], capture=["*_*.1", "resid_pre.2"])
         plain = model.run(batch, capture=site)[site]

@@ -45,8 +45,9 @@ def test_capturing_everything_changes_nothing_and_every_site_fires(family):
     assert torch.equal(result.logits, hugging_face_logits(model, batch))
     assert list(result.activations) and set(result.activations) == set(model.sites())
     for site, value in result.activations.items():
-        width = model.d_vocab if site.kind == "logits" else model.d_model
-        assert value.shape == (*batch.ids.shape, width), site
+        shape = [len(batch), *model.backend.trailing(site, batch.width)]
+        shape.insert(site.pos_axis, batch.width)
+        assert value.shape == tuple(shape), site
         assert not value.requires_grad
 
 

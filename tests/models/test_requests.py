@@ -92,10 +92,31 @@ def test_bad_sites_and_positions(model):
         result["resid_post.1"]
 
 
-def test_sites_beyond_the_backend_say_what_is_available(model):
-    message = "'attn.1.head.0.z' is not available on the huggingface backend, which offers embed,"
-    with pytest.raises(CapabilityError, match=message):
-        model.run(batch_of(0), capture="attn.1.head.0.z")
+@pytest.mark.parametrize(
+    ("family", "site", "message"),
+    [
+        ("llama", "attn.1.head.4.z", "head 4 of 'attn.1.head.4.z' does not exist: .* heads 0 to 3"),
+        ("llama", "attn.1.kv_head.2.k", "kv_heads 0 to 1"),
+        ("gpt2", "attn.1.kv_head.0.k", "every query head has its own .* use attn.1.head.0.k"),
+        ("phi3", "attn.1.q_pre", "queries and keys in one projection; use attn.1.q"),
+        ("gpt2", "mlp.0.up", "has no gate; use mlp.L.pre"),
+        ("llama", "mlp.0.router", "no mixture of experts"),
+        ("gptj", "attn.0.q", "its own attention code"),
+    ],
+)
+def test_sites_that_a_model_lacks_say_why(family, site, message):
+    with pytest.raises((CapabilityError, SiteError), match=message) as caught:
+        loaded(family).run(batch_of(0), capture=site)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_query_head_cannot_change_keys_that_others_share(model):
+    with pytest.raises(CapabilityError, match=r"edit attn.1.kv_head.1.k"):
+        model.run(batch_of(0), edits=[Scale("attn.1.head.3.k", 2.0)])
+    loaded("gpt2").run(batch_of(0), edits=[Scale("attn.1.head.3.k", 2.0)])
+
+
+def test_parallel_blocks_have_no_residual_in_the_middle():
     parallel = loaded("gpt_neox")
     with pytest.raises(
         CapabilityError, match=r"'resid_mid.1' does not exist in gpt_neox.*parallel"

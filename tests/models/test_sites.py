@@ -10,6 +10,7 @@ from layerscope.models.sites import (
     GLOBAL_KINDS,
     HEAD_KINDS,
     INNER_KINDS,
+    KV_HEAD_KINDS,
     LAYER_KINDS,
     expand,
 )
@@ -18,10 +19,22 @@ SITES = st.one_of(
     st.sampled_from(GLOBAL_KINDS).map(Site),
     st.builds(Site, st.sampled_from(LAYER_KINDS + INNER_KINDS), st.integers(-99, 99)),
     st.builds(Site, st.sampled_from(HEAD_KINDS), st.integers(-99, 99), st.integers(0, 99)),
+    st.builds(
+        Site,
+        st.sampled_from(KV_HEAD_KINDS),
+        st.integers(-99, 99),
+        st.none(),
+        st.integers(0, 99),
+    ),
 )
 
 
+LEAVES = ("q_pre", "k_pre", "q", "k", "v", "scores", "pattern", "z", "out")
+
+
 def names(patterns, available=None):
+    if available is not None:
+        available = set(available).__contains__
     found = expand(patterns, n_layers=4, n_heads=2, available=available)
     return [str(site) for site in found]
 
@@ -41,6 +54,7 @@ def test_names_round_trip(site):
         ("attn.3.head.2.z", Site("attn.z", 3, 2)),
         ("attn.0.head.1.out", Site("attn.out", 0, 1)),
         ("mlp.2.pre", Site("mlp.pre", 2)),
+        ("attn.3.kv_head.1.v", Site("attn.v", 3, kv_head=1)),
     ],
 )
 def test_the_grammar(name, site):
@@ -59,6 +73,9 @@ def test_the_grammar(name, site):
         ("blocks.1.attn.hook_z", "attn.1.z"),
         ("blocks.1.attn.hook_pattern", "attn.1.pattern"),
         ("blocks.1.mlp.hook_post", "mlp.1.post"),
+        ("blocks.1.attn.hook_q", "attn.1.q_pre"),
+        ("blocks.1.attn.hook_rot_q", "attn.1.q"),
+        ("mlp.1.gate", "mlp.1.pre"),
     ],
 )
 def test_names_of_transformer_lens(theirs, ours):
@@ -74,7 +91,7 @@ def test_names_of_transformer_lens(theirs, ours):
         ("mlp_out.1:3", ["mlp_out.1", "mlp_out.2"]),
         ("blocks.*.hook_attn_out", [f"attn_out.{layer}" for layer in range(4)]),
         ("attn.1.head.*.z", ["attn.1.head.0.z", "attn.1.head.1.z"]),
-        ("attn.1.*", [f"attn.1.{leaf}" for leaf in ("q", "k", "v", "scores", "pattern", "z")]),
+        ("attn.1.*", [f"attn.1.{leaf}" for leaf in LEAVES]),
         (["embed", "resid_pre.-1", "resid_pre.3", "embed"], ["embed", "resid_pre.3"]),
         (Site("resid_pre", -4), ["resid_pre.0"]),
         ((), []),
@@ -98,7 +115,9 @@ def test_a_pattern_of_several_kinds_stands_for_those_available():
         ("attn.3.zz", r"did you mean 'attn.3.z'"),
         ("logit", r"did you mean 'logits'"),
         ("blocks.2.hook_resid_pst", r"did you mean 'blocks.2.hook_resid_post'"),
-        ("blocks.2.attn.hook_q", r"did you mean .*'blocks.2.attn.hook_rot_q'"),
+        ("blocks.2.attn.hook_rq", r"did you mean .*'blocks.2.attn.hook_q'"),
+        ("attn.0.kv_head.0.z", "unknown site"),
+        ("attn.0.kv_head.2.v", r"kv_head 2 of .* kv_heads 0 to 1"),
         ("resid_post", r"needs a layer: resid_post.0 .* resid_post.\*"),
         ("zzzz", r"see LanguageModel.sites\(\)"),
         ("resid_post.x", "unknown site"),

@@ -28,7 +28,9 @@ class TokenBatch:
 
     `offsets` holds, per row, the ``(start, end)`` characters of every real token in the prompt's
     text: None for a token that is not in the text (an added BOS), and None for a whole row whose
-    text is unknown.
+    text is unknown. `past_mask` marks the real tokens among the stored keys and values that the
+    rows continue (see `continuing`); positions then count the whole sequence, and only those of
+    this batch exist.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -36,6 +38,7 @@ class TokenBatch:
     lengths: tuple[int, ...]
     padding_side: PaddingSide = "right"
     offsets: tuple[RowOffsets | None, ...] = ()
+    past_mask: Bool[Tensor, "batch past"] | None = None
 
     def __post_init__(self) -> None:
         check_side(self.padding_side)
@@ -103,19 +106,57 @@ class TokenBatch:
         """Number of columns, padding included."""
         return self.ids.shape[1]
 
+    @property
+    def n_keys(self) -> int:
+        """Number of key columns that a query may attend to: the past's and this batch's."""
+        return self.width + (0 if self.past_mask is None else self.past_mask.shape[1])
+
+    @property
+    def key_mask(self) -> Bool[Tensor, "batch key"]:
+        """True where a key column, of the past or of this batch, holds a real token."""
+        if self.past_mask is None:
+            return self.attention_mask
+        return torch.cat([self.past_mask.to(self.attention_mask.device), self.attention_mask], 1)
+
+    def continuing(self, past_mask: Bool[Tensor, "batch past"]) -> TokenBatch:
+        """Return the batch as the continuation of stored keys and values with this mask.
+
+        Raises:
+            PromptError: the past has another number of rows.
+        """
+        if past_mask.ndim != 2 or past_mask.shape[0] != len(self):
+            raise PromptError(
+                f"{len(self)} prompts cannot continue a cache of {past_mask.shape[0]} rows: give "
+                "one prompt per row, or select the cache's rows"
+            )
+        continued = copy.copy(self)
+        object.__setattr__(continued, "past_mask", past_mask)
+        return continued
+
+    def past_length(self, row: int) -> int:
+        """Return the number of real tokens before this batch's in a row."""
+        return 0 if self.past_mask is None else int(self.past_mask[self._row(row)].sum())
+
     def position_ids(self) -> Int[Tensor, "batch pos"]:
         """Return 0-based positions over the real tokens; padded columns get 0."""
-        return (self.attention_mask.long().cumsum(dim=1) - 1) * self.attention_mask
+        before = self.attention_mask.long().cumsum(dim=1) - 1
+        if self.past_mask is not None:
+            before = before + self.past_mask.to(before.device).sum(dim=1, keepdim=True)
+        return before * self.attention_mask
 
     def column(self, row: int, position: int) -> int:
         """Return the padded column of a position of the unpadded row (negative: from its end)."""
-        length = self.lengths[self._row(row)]
-        if not -length <= position < length:
+        past = self.past_length(row)
+        length = past + self.lengths[self._row(row)]
+        wanted = position + length if position < 0 else position
+        if not past <= wanted < length:
+            first = f"{past} to {length - 1}, or {past - length} to -1" if past else ""
             raise PromptError(
-                f"position {position} is outside prompt {row}, which has {length} tokens: use "
-                f"{-length} to {length - 1}"
+                f"position {position} is outside prompt {row}, which has {length} tokens"
+                + (f", {past} of them in the cache" if past else "")
+                + f": use {first or f'{-length} to {length - 1}'}"
             )
-        return self._start(row) + position % length
+        return self._start(row) + wanted - past
 
     def row_ids(self, row: int) -> tuple[int, ...]:
         """Return the ids of one row without padding."""
@@ -132,6 +173,8 @@ class TokenBatch:
         moved = copy.copy(self)  # not replace(): the check of the mask would wait for the device
         object.__setattr__(moved, "ids", self.ids.to(device))
         object.__setattr__(moved, "attention_mask", self.attention_mask.to(device))
+        if self.past_mask is not None:
+            object.__setattr__(moved, "past_mask", self.past_mask.to(device))
         return moved
 
     def _row(self, row: int) -> int:

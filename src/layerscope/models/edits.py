@@ -9,7 +9,9 @@ No edit changes a dtype or a tensor of the caller's, and one that changes nothin
 `Scale` by one, `Clamp` inside its range) leaves the run bit-identical.
 
 Values that broadcast have shape [width], [pos, width] or [row, pos, width], where row and pos count
-the selected rows and positions and width is d_model (d_vocab at ``logits``).
+the selected rows and positions and width is d_model (d_vocab at ``logits``, d_head in a head, the
+number of keys in the ``pattern`` of a head). At sites of all heads the selection has one axis more:
+[row, pos, head, d_head], or [row, head, pos, key] for ``scores`` and ``pattern``.
 """
 
 from __future__ import annotations
@@ -71,8 +73,8 @@ class Edit:
     rows: int | Sequence[int] | None = None
     positions: Positions | None = None
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
-        """Raise EditError when this edit cannot act on [n_rows, n_positions, width] values."""
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise EditError when this edit cannot act on selected values of this shape."""
 
     def transform(
         self, values: Float[Tensor, "row pos width"], context: EditContext
@@ -100,9 +102,9 @@ class Add(Edit):
     value: Tensor
     coefficient: float = 1.0
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless `value` broadcasts over the selection."""
-        _check_value(self, self.value, n_rows, n_positions, width)
+        _check_value(self, self.value, shape)
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
         """Return the sum, rounded once."""
@@ -115,9 +117,9 @@ class Replace(Edit):
 
     value: Tensor
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless `value` broadcasts over the selection."""
-        _check_value(self, self.value, n_rows, n_positions, width)
+        _check_value(self, self.value, shape)
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
         """Return a broadcast copy: the run must not hold the caller's own tensor."""
@@ -155,10 +157,10 @@ class MeanAblate(Edit):
 
     mean: Tensor | None = None
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless `mean` broadcasts over the selection."""
         if self.mean is not None:
-            _check_value(self, self.mean, n_rows, n_positions, width)
+            _check_value(self, self.mean, shape)
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
         """Return a broadcast copy of the mean."""
@@ -166,7 +168,11 @@ class MeanAblate(Edit):
         if mean is None:
             real = context.batch.attention_mask.to(values.device)
             # Indexing, not multiplying by the mask: padding may hold NaN.
-            mean = context.activation[real].to(_accumulator(values)).mean(dim=0)
+            axis = context.site.pos_axis
+            rows = context.activation.movedim(axis, 1)[real]
+            mean = rows.to(_accumulator(values)).mean(dim=0)
+            if axis == 2:  # [head, key]: the same for every query
+                mean = mean.unsqueeze(1)
         return mean.to(values.device, values.dtype).expand_as(values).clone()
 
 
@@ -182,12 +188,12 @@ class ResampleAblate(Edit):
     from_rows: Sequence[int] | None = None
     seed: int = 0
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless there is one source per row."""
-        if self.from_rows is not None and len(self.from_rows) != n_rows:
+        if self.from_rows is not None and len(self.from_rows) != shape[0]:
             raise EditError(
                 f"ResampleAblate at '{self.site}' has {len(self.from_rows)} source rows for "
-                f"{n_rows} selected rows; give one each"
+                f"{shape[0]} selected rows; give one each"
             )
 
     def sources(self, rows: Sequence[int], n_batch: int) -> list[int]:
@@ -225,7 +231,7 @@ class ResampleAblate(Edit):
                 "positions that exist in both"
             )
         index = torch.tensor(sources, device=values.device)
-        return context.activation[index[:, None], columns]
+        return take(context.activation, index, columns, context.site.pos_axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,9 +240,9 @@ class ProjectOut(Edit):
 
     directions: Tensor
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless every direction has this width and is not zero."""
-        _check_directions(self, self.directions, width)
+        _check_directions(self, self.directions, shape[-1])
 
     def transform(self, values: Tensor, context: EditContext) -> Tensor:
         """Return ``values - values Q Q^T`` with Q an orthonormal basis of the span."""
@@ -263,11 +269,11 @@ class Clamp(Edit):
     minimum: float | None = None
     maximum: float | None = None
 
-    def check(self, n_rows: int, n_positions: int, width: int) -> None:
+    def check(self, shape: Sequence[int]) -> None:
         """Raise EditError unless there is one direction of this width and a sane range."""
-        _check_directions(self, self.direction, width)
+        _check_directions(self, self.direction, shape[-1])
         if self.direction.ndim != 1:
-            raise EditError(f"Clamp at '{self.site}' takes one direction of shape [{width}]")
+            raise EditError(f"Clamp at '{self.site}' takes one direction of shape [{shape[-1]}]")
         low, high = self.minimum, self.maximum
         if (low is None and high is None) or (low is not None and high is not None and low > high):
             raise EditError(
@@ -289,8 +295,9 @@ class Clamp(Edit):
 class Apply(Edit):
     """Edit with a plain function ``(activation, context) -> activation``.
 
-    The function gets a copy of the selected values, [row, pos, width], and returns values of the
-    same shape. It may run the model again; such a run sees none of this run's edits.
+    The function gets a copy of the selected values, [row, pos, width] or as the site has it, and
+    returns values of the same shape. It may run the model again; such a run sees none of this run's
+    edits.
     """
 
     function: EditFunction
@@ -304,6 +311,26 @@ class Apply(Edit):
                 f"a tensor of shape {list(values.shape)}"
             )
         return edited.clone()
+
+
+def take(
+    value: Tensor, rows: Int[Tensor, " row"], columns: Int[Tensor, "row pos"], pos_axis: int = 1
+) -> Tensor:
+    """Return a copy of the selected rows and padded columns of an activation."""
+    return value.movedim(pos_axis, 1)[rows[:, None], columns].movedim(1, pos_axis)
+
+
+def put(
+    value: Tensor,
+    rows: Int[Tensor, " row"],
+    columns: Int[Tensor, "row pos"],
+    selected: Tensor,
+    pos_axis: int = 1,
+) -> Tensor:
+    """Return a copy of an activation with selected rows and columns replaced; undoes `take`."""
+    result = value.clone()
+    result.movedim(pos_axis, 1)[rows[:, None], columns] = selected.movedim(pos_axis, 1)
+    return result
 
 
 def columns_of(
@@ -364,17 +391,19 @@ def _check_row(row: int, n_batch: int, edit: Edit) -> None:
         )
 
 
-def _check_value(edit: Edit, value: Any, n_rows: int, n_positions: int, width: int) -> None:
-    expected = f"[{width}], [{n_positions}, {width}] or [{n_rows}, {n_positions}, {width}]"
+def _check_value(edit: Edit, value: Any, shape: Sequence[int]) -> None:
+    suffixes = [list(shape[start:]) for start in range(len(shape) - 1, -1, -1)]
+    expected = ", ".join(map(str, suffixes[:-1])) + f" or {suffixes[-1]}"
     name = f"{type(edit).__name__} at '{edit.site}'"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise EditError(f"{name} needs a float tensor of shape {expected}")
-    shape = tuple(value.shape)
-    allowed = ({n_rows, 1}, {n_positions, 1}, {width})
-    if not 1 <= len(shape) <= 3 or any(
-        size not in sizes for size, sizes in zip(shape[::-1], allowed[::-1], strict=False)
+    given = tuple(value.shape)
+    *leading, width = shape
+    fits = 1 <= len(given) <= len(shape) and given[-1] == width
+    if not fits or any(
+        size not in (wanted, 1) for size, wanted in zip(given[-2::-1], leading[::-1], strict=False)
     ):
-        raise EditError(f"{name} has a value of shape {list(shape)}; it needs {expected}")
+        raise EditError(f"{name} has a value of shape {list(given)}; it needs {expected}")
 
 
 def _check_directions(edit: Edit, directions: Any, width: int) -> None:

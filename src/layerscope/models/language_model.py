@@ -11,7 +11,8 @@ from torch import Tensor
 
 from layerscope.errors import CapabilityError, ConfigError, IdentityError, ModelError, nearest
 from layerscope.models import identities
-from layerscope.models.backends.base import Backend, Capability, NormChoice
+from layerscope.models.backends.base import Backend, Cache, Capability, NormChoice
+from layerscope.models.chat import Tuning, find_tuning
 from layerscope.models.edits import Edit, Positions
 from layerscope.models.identities import IdentityReport
 from layerscope.models.prompts import PaddingSide, PromptsLike, TokenBatch, tokenize
@@ -42,6 +43,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
+    instruct: bool | None = None,
 ) -> LanguageModel:
     """Load a causal language model one can look into.
 
@@ -56,6 +58,8 @@ def load(
         trust_remote_code: run code that comes with the model. Off unless asked for.
         verify: prove the model's identities (about one forward pass of 16 tokens). A model of a
             family that is not in the table is always proved, with a second pass resumed midway.
+        instruct: whether the model was tuned on its chat template; None decides by its name and
+            tokenizer (`LanguageModel.tuning` says how).
 
     Raises:
         ModelError: the model cannot be loaded, or is not a causal language model.
@@ -76,8 +80,9 @@ def load(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    tuning = find_tuning(loaded.tokenizer, loaded.source, instruct=instruct)
     opened, report = _open(loaded, verify=verify)
-    return LanguageModel(opened, loaded, report)
+    return LanguageModel(opened, loaded, report, tuning=tuning)
 
 
 def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport | None]:
@@ -122,15 +127,22 @@ class LanguageModel:
         name: the last part of its id or folder.
         tokenizer: its tokenizer.
         identities: the report of the identities proved on load; None with ``verify=False``.
+        tuning: whether it is instruct-tuned, and why; decides the default format of a `Prompt`.
     """
 
     def __init__(
-        self, backend: Backend, loaded: LoadedModel, report: IdentityReport | None = None
+        self,
+        backend: Backend,
+        loaded: LoadedModel,
+        report: IdentityReport | None = None,
+        *,
+        tuning: Tuning,
     ) -> None:
         self.backend = backend
         self.name: str = loaded.name
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.identities = report
+        self.tuning = tuning
         self._loaded = loaded
 
     def __repr__(self) -> str:
@@ -231,6 +243,7 @@ class LanguageModel:
             padding_side=padding_side,
             max_length=self.n_ctx,
             vocab_size=self.backend.info.n_embeddings,
+            tuning=self.tuning,
         )
 
     def run(
@@ -245,6 +258,8 @@ class LanguageModel:
         logits: Logits = "all",
         products: Products = "default",
         gradients: bool = False,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
     ) -> RunResult:
         """Run one forward pass: the only way one happens.
 
@@ -261,11 +276,17 @@ class LanguageModel:
             products: "checked" uses the fastest float32-accurate matrix product of this machine,
                 for this run only; "default" leaves torch as found.
             gradients: keep the autograd graph.
+            cache: keys and values of an earlier run, whose rows the prompts continue (a text then
+                gets no BOS); positions count the whole sequence.
+            keep_cache: keep keys and values of all tokens so far in the result.
 
         Raises:
             SiteError, CapabilityError, EditError, PromptError: the request, before anything runs.
         """
-        batch = self.tokenize(prompts)
+        if cache is None:
+            batch = self.tokenize(prompts)
+        else:
+            batch = self.tokenize(prompts, prepend_bos=False).continuing(cache.mask)
         planned = plan(
             self.backend,
             batch,
@@ -276,6 +297,8 @@ class LanguageModel:
             positions=positions,
             logits=logits,
             gradients=gradients,
+            cache=cache,
+            keep_cache=keep_cache,
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
             raise CapabilityError(
@@ -289,7 +312,8 @@ class LanguageModel:
             batch=batch,
             positions=planned.captures[0].columns if planned.captures else None,
             products=choice.to_dict(),
-            n_layers=self.n_layers,
+            info=self.backend.info,
+            cache=execution.cache,
         )
 
     def check(self) -> IdentityReport:
@@ -311,4 +335,6 @@ class LanguageModel:
             "backend": self.backend.name,
             "family": self.family,
             "verified": self.identities is not None,
+            "instruct": self.tuning.instruct,
+            "instruct_reason": self.tuning.reason,
         }

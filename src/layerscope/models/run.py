@@ -18,11 +18,12 @@ from layerscope.errors import (
     SiteError,
     nearest,
 )
+from layerscope.models.backends.base import Capability, ModelInfo
 from layerscope.models.edits import Edit, Positions, ResampleAblate, columns_of, rows_of
 from layerscope.models.sites import Site, expand
 
 if TYPE_CHECKING:
-    from layerscope.models.backends.base import Backend
+    from layerscope.models.backends.base import Backend, Cache
     from layerscope.models.prompts import TokenBatch
 
 Logits: TypeAlias = Literal["all", "last"] | Positions | None
@@ -54,8 +55,8 @@ class Capture:
 class Start:
     """Begin at block `layer` (negative: from the last) with a stored input residual.
 
-    The residual is what ``resid_pre.{layer}`` held for the same ids and padding. Blocks below are
-    not computed.
+    The residual is what ``resid_pre.{layer}`` held for the same ids and padding; in a run that
+    continues a cache, for the ids of this run alone. Blocks below are not computed.
     """
 
     layer: int
@@ -93,6 +94,8 @@ class RunPlan:
     stop_after: int | None = None
     logits: Literal["all"] | Int[Tensor, "batch pos"] | None = "all"
     gradients: bool = False
+    cache: Cache | None = None
+    keep_cache: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +103,17 @@ class RunResult:
     """What a run gave back.
 
     Attributes:
-        activations: [batch, pos, d_model] by site; pos are the columns of the padded batch, or the
-            captured positions.
+        activations: by site, [batch, pos, d_model] for the residual stream and the sublayers'
+            ends, [batch, pos, head, d_head] inside attention (``scores`` and ``pattern`` are
+            [batch, head, query pos, key pos]), [batch, pos, d_mlp] for neurons; a per-head site
+            lacks the head axis. pos are the columns of the padded batch, or the captured positions
+            (of the queries, in a pattern; its keys are all columns).
         logits: [batch, pos, vocab] at the padded columns ("all") or the positions asked for (one
             for "last"); None when not asked for, or when the run stopped before them.
         batch: the ids that were run.
         positions: [batch, pos] padded columns of the captured positions; None when all were kept.
         products: which matrix products ran, as provenance; empty for "default".
+        cache: keys and values of everything read so far, where they were to be kept.
     """
 
     activations: Mapping[Site, Tensor]
@@ -114,11 +121,12 @@ class RunResult:
     batch: TokenBatch
     positions: Int[Tensor, "batch pos"] | None = None
     products: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    n_layers: int = 0
+    info: ModelInfo | None = None
+    cache: Cache | None = None
 
     def __getitem__(self, name: str | Site) -> Tensor:
         """Return the activation of one site by name; negative layers count from the last."""
-        site = Site.parse(name).resolve(self.n_layers)
+        site = self._resolve(name)
         if site not in self.activations:
             captured = [str(known) for known in self.activations]
             raise SiteError(
@@ -128,13 +136,16 @@ class RunResult:
         return self.activations[site]
 
     def __contains__(self, name: object) -> bool:
-        return (
-            isinstance(name, str | Site)
-            and Site.parse(name).resolve(self.n_layers) in self.activations
-        )
+        return isinstance(name, str | Site) and self._resolve(name) in self.activations
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.activations)
+
+    def _resolve(self, name: str | Site) -> Site:
+        site = Site.parse(name)
+        if self.info is None:
+            return site
+        return site.resolve(self.info.n_layers, self.info.n_heads, self.info.n_kv_heads)
 
 
 def plan(
@@ -148,6 +159,8 @@ def plan(
     positions: Positions | None = None,
     logits: Logits = "all",
     gradients: bool = False,
+    cache: Cache | None = None,
+    keep_cache: bool = False,
 ) -> RunPlan:
     """Validate a request against a backend and a batch, before anything is computed.
 
@@ -159,6 +172,7 @@ def plan(
         stop_after = _layer(stop_after, n_layers, "stop_after")
     if start is not None:
         start = _check_start(start, batch, backend, stop_after)
+    _check_cache(backend, cache, keep_cache, start is not None or stop_after is not None)
     reach = _Reach(backend, start.layer if start else 0, start is not None, stop_after, logits)
     if not isinstance(capture, Capture):
         capture = Capture(capture, positions=positions)
@@ -172,6 +186,8 @@ def plan(
         stop_after=stop_after,
         logits=_logits(logits, batch, stop_after),
         gradients=gradients,
+        cache=cache,
+        keep_cache=keep_cache,
     )
 
 
@@ -191,7 +207,8 @@ class _Reach:
             names,
             n_layers=info.n_layers,
             n_heads=info.n_heads,
-            available=self.backend.sites(),
+            n_kv_heads=info.n_kv_heads,
+            available=lambda site: self.backend.why_not(site) is None,
         )
         for site in sites:
             self._check(site)
@@ -243,10 +260,14 @@ def _edits(edit: Edit, batch: TokenBatch, reach: _Reach) -> Iterator[PlannedEdit
         columns = torch.arange(batch.width).expand(len(rows), -1)
     if isinstance(edit, ResampleAblate):
         edit.sources(rows, len(batch))
-    info = reach.backend.info
+    n_columns = batch.width if columns is None else columns.shape[1]
     for site in reach.sites(edit.site):
-        width = info.d_vocab if site.kind == "logits" else info.d_model
-        edit.check(len(rows), batch.width if columns is None else columns.shape[1], width)
+        reason = reach.backend.why_not_edit(site)
+        if reason is not None:
+            raise CapabilityError(reason)
+        shape = [len(rows), *reach.backend.trailing(site, batch.n_keys)]
+        shape.insert(site.pos_axis, n_columns)
+        edit.check(shape)
         yield PlannedEdit(site, edit, None if columns is None else torch.tensor(rows), columns)
 
 
@@ -271,6 +292,18 @@ def _layer(layer: int, n_layers: int, what: str) -> int:
             f"{-n_layers} to -1 from the end)"
         )
     return layer % n_layers
+
+
+def _check_cache(backend: Backend, cache: Cache | None, keep: bool, partial: bool) -> None:
+    if (cache is not None or keep) and Capability.CACHE not in backend.capabilities:
+        raise CapabilityError(
+            f"{backend.info.family} on the {backend.name} backend has no key-value cache to "
+            "continue or keep; run the whole sequence instead"
+        )
+    if keep and partial:
+        raise ConfigError(
+            "keep_cache=True needs every block to run: leave out start and stop_after"
+        )
 
 
 def _check_start(

@@ -2,9 +2,19 @@
 
 Sites of the whole model: ``embed``, ``final_norm``, ``logits``. Sites of layer l (blocks count from
 0): ``resid_pre.l``, ``resid_mid.l``, ``resid_post.l``, ``attn_in.l``, ``attn_out.l``, ``mlp_in.l``,
-``mlp_out.l``. Inside the sublayers: ``attn.l.q|k|v|scores|pattern|z``, ``mlp.l.pre|post``, and per
-query head ``attn.l.head.h.q|k|v|pattern|z|out``. ``*_in`` is what the sublayer's module reads,
-``*_out`` what it adds to the residual stream.
+``mlp_out.l``. ``*_in`` is what the sublayer's module reads, ``*_out`` what it adds to the residual
+stream.
+
+Inside attention: ``attn.l.q_pre|k_pre`` (what the projections give, bias included),
+``attn.l.q|k|v`` (what the attention kernel reads: after q/k norms and the rotary embedding),
+``attn.l.scores|pattern`` (before and after the softmax), ``attn.l.z`` (what the output projection
+reads) and ``attn.l.out`` (what it gives). Per query head the same under ``attn.l.head.h``, without
+``q_pre`` and ``k_pre``; where several query heads share keys and values, ``attn.l.kv_head.g.k|v``.
+
+Inside the MLP: ``mlp.l.pre`` (what the activation function reads; the gate of a gated MLP, also
+written ``mlp.l.gate``), ``mlp.l.up`` (the other factor of a gated MLP), ``mlp.l.post`` (the
+neurons: what the down projection reads). In a mixture of experts: ``mlp.l.router`` (their logits)
+and ``mlp.l.experts`` (the numbers of those chosen).
 
 A pattern may use ``*`` and ``?`` in a name, ``*`` or a half-open range ``2:5`` for layers and
 heads, and negative numbers, which count from the end: ``resid_post.*``, ``resid_*.3``,
@@ -14,7 +24,7 @@ heads, and negative numbers, which count from the end: ``resid_post.*``, ``resid
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -31,23 +41,42 @@ LAYER_KINDS = (
     "resid_post",
 )
 INNER_KINDS = (
+    "attn.q_pre",
+    "attn.k_pre",
     "attn.q",
     "attn.k",
     "attn.v",
     "attn.scores",
     "attn.pattern",
     "attn.z",
+    "attn.out",
+    "mlp.router",
+    "mlp.experts",
     "mlp.pre",
+    "mlp.up",
     "mlp.post",
 )
-HEAD_KINDS = ("attn.q", "attn.k", "attn.v", "attn.pattern", "attn.z", "attn.out")
+HEAD_KINDS = (
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.scores",
+    "attn.pattern",
+    "attn.z",
+    "attn.out",
+)
+KV_HEAD_KINDS = ("attn.k", "attn.v")
 
 _TEMPLATES = (
     *GLOBAL_KINDS,
     *(f"{kind}.0" for kind in LAYER_KINDS),
     *(kind.replace(".", ".0.") for kind in INNER_KINDS),
     *(kind.replace(".", ".0.head.0.") for kind in HEAD_KINDS),
+    *(kind.replace(".", ".0.kv_head.0.") for kind in KV_HEAD_KINDS),
 )
+
+# Other words for a leaf of an inner site.
+_SYNONYMS = {"mlp.gate": "mlp.pre"}
 
 _TRANSFORMER_LENS_GLOBAL = {
     "hook_embed": "embed",
@@ -62,7 +91,9 @@ _TRANSFORMER_LENS_LAYER = {
     "hook_mlp_out": "mlp_out.{}",
     "ln1.hook_normalized": "attn_in.{}",
     "ln2.hook_normalized": "mlp_in.{}",
-    # TransformerLens' hook_q and hook_k lie before the rotary embedding, ours after it.
+    # TransformerLens' hook_q and hook_k lie before the rotary embedding.
+    "attn.hook_q": "attn.{}.q_pre",
+    "attn.hook_k": "attn.{}.k_pre",
     "attn.hook_rot_q": "attn.{}.q",
     "attn.hook_rot_k": "attn.{}.k",
     "attn.hook_v": "attn.{}.v",
@@ -70,6 +101,7 @@ _TRANSFORMER_LENS_LAYER = {
     "attn.hook_pattern": "attn.{}.pattern",
     "attn.hook_z": "attn.{}.z",
     "mlp.hook_pre": "mlp.{}.pre",
+    "mlp.hook_pre_linear": "mlp.{}.up",
     "mlp.hook_post": "mlp.{}.post",
 }
 
@@ -82,11 +114,13 @@ class Site:
         kind: ``"resid_post"``, ``"attn.z"``, ...: the name without its numbers.
         layer: block, counted from 0 (negative: from the last; see `resolve`), or None.
         head: query head of a per-head site, or None.
+        kv_head: key-value head of a site of one key-value head, or None.
     """
 
     kind: str
     layer: int | None = None
     head: int | None = None
+    kv_head: int | None = None
 
     def __str__(self) -> str:
         """Return the name; `Site.parse` reads it back."""
@@ -96,7 +130,22 @@ class Site:
         if not leaf:
             return f"{group}.{self.layer}"
         head = "" if self.head is None else f"head.{self.head}."
+        if self.kv_head is not None:
+            head = f"kv_head.{self.kv_head}."
         return f"{group}.{self.layer}.{head}{leaf}"
+
+    @property
+    def pos_axis(self) -> int:
+        """Axis of the token positions in a value of this site.
+
+        1, except that ``scores`` and ``pattern`` of a layer are [batch, head, query pos, key pos].
+        """
+        return 2 if self.kind in ("attn.scores", "attn.pattern") and self.head is None else 1
+
+    @property
+    def whole(self) -> Site:
+        """The site of all heads that a per-head site is part of; itself otherwise."""
+        return replace(self, head=None, kv_head=None)
 
     @classmethod
     def parse(cls, name: str | Site) -> Site:
@@ -108,14 +157,17 @@ class Site:
         if isinstance(name, Site):
             return name
         pattern = _parse(name)
-        layer, head = pattern.layer, pattern.head
+        layer, head, kv_head = pattern.layer, pattern.head, pattern.kv_head
         kind, *others = pattern.kinds
-        if others or isinstance(layer, slice) or isinstance(head, slice):
+        numbers = (layer, head, kv_head)
+        if others or any(isinstance(number, slice) for number in numbers):
             raise SiteError(f"'{name}' names several sites; give exactly one here")
-        return cls(kind, layer, head)
+        return cls(kind, *(number for number in numbers if not isinstance(number, slice)))
 
-    def resolve(self, n_layers: int, n_heads: int | None = None) -> Site:
-        """Return the site with its layer and head counted from 0.
+    def resolve(
+        self, n_layers: int, n_heads: int | None = None, n_kv_heads: int | None = None
+    ) -> Site:
+        """Return the site with its layer and heads counted from 0.
 
         Raises:
             SiteError: the model has no such layer or head.
@@ -124,7 +176,10 @@ class Site:
         head = self.head
         if head is not None and n_heads is not None:
             head = _index(head, n_heads, "head", str(self))
-        return replace(self, layer=layer, head=head)
+        kv_head = self.kv_head
+        if kv_head is not None and n_kv_heads is not None:
+            kv_head = _index(kv_head, n_kv_heads, "kv_head", str(self))
+        return replace(self, layer=layer, head=head, kv_head=kv_head)
 
 
 def expand(
@@ -132,12 +187,14 @@ def expand(
     *,
     n_layers: int,
     n_heads: int,
-    available: Sequence[Site] | None = None,
+    n_kv_heads: int | None = None,
+    available: Callable[[Site], bool] | None = None,
 ) -> tuple[Site, ...]:
     """Return the sites that names and patterns stand for, each once, in the order asked.
 
-    A pattern of several kinds (``resid_*``) stands for those in `available`; a site named outright
-    is returned whether available or not, so that the caller can say why it is missing.
+    A pattern of several kinds or layers (``resid_*``, ``attn.*.pattern``) stands for those that are
+    `available`, if any is; a site named outright is returned whether available or not, so that the
+    caller can say why it is missing.
 
     Raises:
         SiteError: a name is unknown, or its layer or head does not exist.
@@ -146,14 +203,15 @@ def expand(
     for name in [names] if isinstance(names, str | Site) else names:
         pattern = _parse(str(name))
         sites = [
-            Site(kind, layer, head)
+            Site(kind, layer, head, kv_head)
             for kind in pattern.kinds
             for layer in _indices(pattern.layer, n_layers, "layer", str(name))
             for head in _indices(pattern.head, n_heads, "head", str(name))
+            for kv_head in _indices(pattern.kv_head, n_kv_heads or n_heads, "kv_head", str(name))
         ]
-        if len(pattern.kinds) > 1 and available is not None:
-            known = set(available)
-            sites = [site for site in sites if site in known] or sites
+        several = len(pattern.kinds) > 1 or isinstance(pattern.layer, slice)
+        if several and available is not None:
+            sites = [site for site in sites if available(site)] or sites
         wanted.update(dict.fromkeys(sites))
     return tuple(wanted)
 
@@ -165,26 +223,28 @@ class _Pattern:
     kinds: tuple[str, ...]
     layer: int | slice | None = None
     head: int | slice | None = None
+    kv_head: int | slice | None = None
 
 
 def _parse(name: str) -> _Pattern:
     text = _from_transformer_lens(name.strip())
     parts = text.split(".")
-    numbers: tuple[str, ...] = ()
+    numbers: dict[str, str] = {}
+    kinds: tuple[str, ...] = ()
     if len(parts) == 1:
         kinds = _matching(text, GLOBAL_KINDS)
     elif len(parts) == 2:
-        kinds, numbers = _matching(parts[0], LAYER_KINDS), (parts[1],)
+        kinds, numbers = _matching(parts[0], LAYER_KINDS), {"layer": parts[1]}
     elif len(parts) == 3:
-        kinds, numbers = _matching(f"{parts[0]}.{parts[2]}", INNER_KINDS), (parts[1],)
-    elif len(parts) == 5 and parts[2] == "head":
-        kinds, numbers = _matching(f"{parts[0]}.{parts[4]}", HEAD_KINDS), (parts[1], parts[3])
-    else:
-        kinds = ()
-    indices = [_number(number) for number in numbers]
-    if not kinds or None in indices:
+        kinds, numbers = _matching(f"{parts[0]}.{parts[2]}", INNER_KINDS), {"layer": parts[1]}
+    elif len(parts) == 5 and parts[2] in ("head", "kv_head"):
+        known = HEAD_KINDS if parts[2] == "head" else KV_HEAD_KINDS
+        kinds = _matching(f"{parts[0]}.{parts[4]}", known)
+        numbers = {"layer": parts[1], parts[2]: parts[3]}
+    indices = {what: _number(number) for what, number in numbers.items()}
+    if not kinds or None in indices.values():
         raise SiteError(_unknown(name, text))
-    return _Pattern(kinds, *indices)
+    return _Pattern(kinds, **indices)
 
 
 def _from_transformer_lens(text: str) -> str:
@@ -197,6 +257,7 @@ def _from_transformer_lens(text: str) -> str:
 
 
 def _matching(pattern: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    pattern = _SYNONYMS.get(pattern, pattern)
     return tuple(kind for kind in kinds if fnmatchcase(kind, pattern))
 
 

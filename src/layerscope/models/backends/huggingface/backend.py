@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from layerscope.errors import LensError, ModelError
 from layerscope.models.backends.base import Capability, Execution, ModelInfo
+from layerscope.models.backends.huggingface.cache import KeyValueCache, supports_cache
 from layerscope.models.backends.huggingface.hooks import (
+    Carrier,
     Point,
     Recorder,
     Resume,
@@ -22,6 +24,8 @@ from layerscope.models.backends.huggingface.hooks import (
     running,
     stopping_after,
 )
+from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
+from layerscope.models.backends.huggingface.points import Points
 from layerscope.models.backends.huggingface.structure import Named, Structure
 from layerscope.models.sites import Site
 from layerscope.readout.unembedding import Unembedding
@@ -30,20 +34,25 @@ if TYPE_CHECKING:
     from layerscope.models.backends.base import NormChoice
     from layerscope.models.run import RunPlan
 
-_LOGITS = Site("logits")
+# More than the windows of tiny models; the pattern must be right in and out of one.
+_PROBE_TOKENS = 8
+# No module gives the logits as the model does, with every transform of the head.
+_LOGITS = Carrier(nn.Identity(), "output")
 
 
 class HuggingFaceBackend:
     """Runs one `PreTrainedModel`; nothing of it is copied or rewritten."""
 
     name = "huggingface"
-    capabilities = frozenset({Capability.GRADIENTS})
 
     def __init__(self, model: PreTrainedModel, structure: Structure) -> None:
         self.model = model
         self.structure = structure
         self.info = _info(model, structure)
-        self._points = dict(_points(structure))
+        self.capabilities = frozenset(
+            {Capability.GRADIENTS, *({Capability.CACHE} if supports_cache(model) else ())}
+        )
+        self._points = Points(structure, self.info, self._probe_kernels)
         self._resume = Resume([block.whole.module for block in structure.blocks])
         accepted = inspect.signature(structure.base.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
@@ -71,33 +80,41 @@ class HuggingFaceBackend:
         )
 
     def sites(self) -> Sequence[Site]:
-        """Return every site that can be captured and edited, in the order of the forward pass."""
-        return [*self._points, _LOGITS]
+        """Return every site that can be captured, in the order of the forward pass."""
+        return self._points.sites()
 
     def why_not(self, site: Site) -> str | None:
-        """Return None when the site is available, else one line saying why not and what is."""
-        if site in self._points or site == _LOGITS:
-            return None
-        if site.kind == "resid_mid":
-            return (
-                f"'{site}' does not exist in {self.info.family}: attention and MLP of a block read "
-                "the same residual in parallel; use resid_pre, attn_out, mlp_out or resid_post"
-            )
-        kinds = dict.fromkeys(known.kind for known in self.sites())
-        return (
-            f"'{site}' is not available on the {self.name} backend, which offers {', '.join(kinds)}"
-        )
+        """Return None when the site can be captured, else one line saying why not."""
+        return self._points.why_not(site)
+
+    def why_not_edit(self, site: Site) -> str | None:
+        """Return None when a site that can be captured can be edited too, else one line."""
+        return self._points.why_not_edit(site)
+
+    def trailing(self, site: Site, n_keys: int) -> tuple[int, ...]:
+        """Return the axes of a site's value without those of batch and token positions."""
+        return self._points.trailing(site, n_keys)
+
+    def withdraw(self, kinds: Sequence[str], reason: str) -> None:
+        """Refuse sites of these kinds from now on, and say why."""
+        self._points.withdraw(kinds, reason)
+
+    def self_checks(self, values: Mapping[Site, Tensor]) -> Iterable[tuple[str, float, str]]:
+        """Yield (identity, error, where) for what lies inside the sublayers."""
+        return self._points.checks(values)
 
     def execute(self, plan: RunPlan) -> Execution:
         """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
-        recorder = Recorder(plan)
-        wanted = set(recorder.sites)
-        points = {site: point for site, point in self._points.items() if site in wanted}
+        recorder = Recorder(plan, self._point)
+        carriers = recorder.carriers
+        kernels = {
+            carrier.module for carrier in carriers if carrier.side not in ("input", "output")
+        }
         blocks = self.structure.blocks
         last = None if plan.stop_after is None else blocks[plan.stop_after].whole.module
-        logits = None
+        logits = cache = None
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(plan.gradients))
             start = plan.start
@@ -107,12 +124,17 @@ class HuggingFaceBackend:
                 else self._resume.at(recorder, start.layer, start.residual)
             )
             stack.enter_context(running(recorder))
-            stack.enter_context(installed(recorder, points))
+            stack.enter_context(installed(recorder, carriers))
+            if kernels:
+                stack.enter_context(TAPS.installed(kernels))
             stack.enter_context(stopping_after(recorder, last))
-            logits = self._forward(plan)
-            if logits is not None and _LOGITS in wanted:
+            logits, cache = self._forward(plan)
+            if logits is not None and recorder.wants(_LOGITS):
                 logits = recorder.visit(_LOGITS, logits)
-        return Execution(recorder.finish(), logits)
+        return Execution(recorder.finish(), logits, cache)
+
+    def _point(self, site: Site) -> Point:
+        return Point(_LOGITS) if site.kind == "logits" else self._points[site]
 
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real module that normalises row `row` for a lens.
@@ -149,24 +171,47 @@ class HuggingFaceBackend:
             expected = expected + positions[position_ids.to(positions.device)].to(expected)
         return expected
 
-    def _forward(self, plan: RunPlan) -> Tensor | None:
+    def _inputs(self, plan: RunPlan) -> dict[str, Any]:
         batch = plan.batch
         inputs: dict[str, Any] = {
             "input_ids": batch.ids.to(self.device),
-            "attention_mask": batch.attention_mask.to(self.device, torch.long),
-            "use_cache": False,
+            "attention_mask": batch.key_mask.to(self.device, torch.long),
+            "use_cache": plan.keep_cache or plan.cache is not None,
             "return_dict": True,
         }
         if self._takes_position_ids:
             inputs["position_ids"] = batch.position_ids().to(self.device)
+        if plan.cache is not None:
+            assert isinstance(plan.cache, KeyValueCache)
+            inputs["past_key_values"] = plan.cache.native()
+        elif plan.keep_cache:
+            inputs["past_key_values"] = KeyValueCache.empty()
+        return inputs
+
+    def _forward(self, plan: RunPlan) -> tuple[Tensor | None, KeyValueCache | None]:
+        inputs = self._inputs(plan)
+        output = self.model(**inputs) if plan.logits == "all" else self.structure.base(**inputs)
+        cache = None
+        if plan.keep_cache:
+            cache = KeyValueCache.of(output.past_key_values, plan.batch.key_mask)
         if plan.logits == "all":
-            return self.model(**inputs).logits
-        hidden: Tensor = self.structure.base(**inputs).last_hidden_state
+            return output.logits, cache
         if plan.logits is None:
-            return None
+            return None, cache
+        hidden: Tensor = output.last_hidden_state
         columns = plan.logits.to(hidden.device)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return self._head(hidden[rows[:, None], columns])
+        return self._head(hidden[rows[:, None], columns]), cache
+
+    def _probe_kernels(self) -> dict[nn.Module, KernelShape]:
+        """Run a few tokens and see what every block's attention kernel reads."""
+        attentions = [block.attention.module for block in self.structure.blocks]
+        probe = Probe()
+        known = min(self.info.n_embeddings, self.info.d_vocab)
+        ids = torch.arange(_PROBE_TOKENS, device=self.device)[None] % known
+        with torch.no_grad(), running(probe), TAPS.installed(attentions):
+            self.structure.base(input_ids=ids, use_cache=False)
+        return probe.shapes
 
     def _head(self, hidden: Float[Tensor, "batch pos d_model"]) -> Tensor:
         """Return the logits of selected positions, in the model's own dtype and order."""
@@ -192,27 +237,6 @@ def _info(model: PreTrainedModel, structure: Structure) -> ModelInfo:
         n_ctx=getattr(config, "max_position_embeddings", None),
         architecture="pre_norm" if structure.blocks[0].input_norm else "post_norm",
     )
-
-
-def _points(structure: Structure) -> list[tuple[Site, Point]]:
-    """Return where each site lives, in the order of the forward pass."""
-    scale = structure.branch_scale
-    points = [(Site("embed"), Point(structure.embedding.module, "output"))]
-    for layer, block in enumerate(structure.blocks):
-        points += [
-            (Site("resid_pre", layer), Point(block.whole.module, "input")),
-            (Site("attn_in", layer), Point(block.attention.module, "input")),
-            (Site("attn_out", layer), Point(block.attention_out.module, "output", scale)),
-        ]
-        if not structure.parallel:
-            reader = block.mlp_norm or block.mlp
-            points.append((Site("resid_mid", layer), Point(reader.module, "input", shared=True)))
-        points += [
-            (Site("mlp_in", layer), Point(block.mlp.module, "input")),
-            (Site("mlp_out", layer), Point(block.mlp_out.module, "output", scale)),
-            (Site("resid_post", layer), Point(block.whole.module, "output")),
-        ]
-    return [*points, (Site("final_norm"), Point(structure.final_norm.module, "output"))]
 
 
 def _callable(norm: Named) -> Callable[[Tensor], Tensor]:

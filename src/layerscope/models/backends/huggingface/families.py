@@ -32,6 +32,14 @@ class Family:
         embedding_scale: configuration field, or "sqrt(d_model)".
         branch_scale: configuration field that multiplies both branches before they are added.
         logit_scale, logit_divisor, softcap: configuration fields of the head's transforms.
+        query, key, out: attention's projections, relative to the block; found by their usual names
+            where not given.
+        pre, up, post: the MLP's projections: the one whose output the activation function reads,
+            the other factor of a gated MLP, and the one that reads the neurons.
+        fused: True where `pre` gives gate and up side by side.
+        router: the module that chooses experts.
+        router_items: which items of its output are the logits and the chosen experts; None where
+            there is no such item.
     """
 
     name: str
@@ -53,6 +61,15 @@ class Family:
     logit_scale: str | None = None
     logit_divisor: str | None = None
     softcap: str | None = None
+    query: str | None = None
+    key: str | None = None
+    out: str | None = None
+    pre: str | None = None
+    up: str | None = None
+    post: str | None = None
+    fused: bool = False
+    router: str | None = None
+    router_items: tuple[int | None, int | None] = (0, 2)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -7,10 +7,10 @@ thread, or a call of the model by its owner passes through them untouched.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from layerscope.errors import EditError, ModelError
-from layerscope.models.edits import Apply, EditContext
+from layerscope.models.backends.huggingface.views import Carried, View, Whole, first_tensor
+from layerscope.models.edits import Apply, EditContext, put, take
 from layerscope.models.run import PlannedCapture, PlannedEdit, RunPlan
 from layerscope.models.sites import Site
 
@@ -27,21 +28,29 @@ _running: ContextVar[object | None] = ContextVar("layerscope_run", default=None)
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where a site lives on a module.
+class Carrier:
+    """A tensor that a module reads or gives, where hooks can reach it.
 
     Attributes:
         module: the module to hook.
-        side: "input" or "output".
-        scale: the site's value is this times what the module shows.
+        side: "input" or "output" of the module, or what its attention kernel reads and computes.
+        item: which one, where the output is a tuple.
         shared: an edit must also reach others who hold the same tensor (the skip connection), so it
             is written in place.
     """
 
     module: nn.Module
-    side: Literal["input", "output"]
-    scale: float = 1.0
+    side: Literal["input", "output", "query", "key", "value", "scores", "pattern"]
+    item: int = 0
     shared: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a site lives: on a carrier, seen through a view."""
+
+    carrier: Carrier
+    view: View = field(default_factory=Whole)
 
 
 class Stop(BaseException):
@@ -51,35 +60,57 @@ class Stop(BaseException):
 class Recorder:
     """The state of one run: what has fired, and what was kept."""
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, points: Callable[[Site], Point]) -> None:
         self.plan = plan
         self.activations: dict[Site, Tensor] = {}
-        self._fired: set[Site] = set()
-        self._captures: dict[Site, list[PlannedCapture]] = {}
-        self._edits: dict[Site, list[PlannedEdit]] = {}
+        self._fired: set[Carrier] = set()
+        self._edits: dict[Carrier, list[tuple[PlannedEdit, View]]] = {}
+        self._captures: dict[Carrier, list[tuple[PlannedCapture, View]]] = {}
+        self._sites: dict[Carrier, list[Site]] = {}
         self._kept: list[tuple[Site, Tensor, int]] = []
-        for capture in plan.captures:
-            self._captures.setdefault(capture.site, []).append(capture)
         for edit in plan.edits:
-            self._edits.setdefault(edit.site, []).append(edit)
+            point = points(edit.site)
+            self._edits.setdefault(point.carrier, []).append((edit, point.view))
+            self._sites.setdefault(point.carrier, []).append(edit.site)
+        for capture in plan.captures:
+            point = points(capture.site)
+            self._captures.setdefault(point.carrier, []).append((capture, point.view))
+            self._sites.setdefault(point.carrier, []).append(capture.site)
 
     @property
-    def sites(self) -> list[Site]:
-        """Every site that this run reads or edits."""
-        return list(dict.fromkeys([*self._edits, *self._captures]))
+    def carriers(self) -> list[Carrier]:
+        """Every carrier that this run reads or edits."""
+        return list(self._sites)
 
-    def visit(self, site: Site, value: Tensor) -> Tensor:
-        """Edit and keep the value of a site; return what the model goes on with."""
-        self._fired.add(site)
-        for planned in self._edits.get(site, ()):
-            value = _edited(value, planned, self.plan)
-        for capture in self._captures.get(site, ()):
-            self._keep(capture, value)
+    def visit(self, carrier: Carrier, value: Tensor, source: Tensor | None = None) -> Tensor:
+        """Edit what a module carries and keep what is wanted; return what the model goes on with.
+
+        Edits of sites that lie in one tensor (a head, all heads) act in the order of the run.
+        """
+        self._fired.add(carrier)
+        n_rows = len(self.plan.batch)
+        for planned, view in self._edits.get(carrier, ()):
+            carried = Carried(value, source, n_rows)
+            site_value = view.read(carried)
+            edited = edited_value(site_value, planned, self.plan)
+            if edited is not site_value:
+                value = view.write(carried, edited)
+        for capture, view in self._captures.get(carrier, ()):
+            carried = Carried(value, source, n_rows)
+            site_value = view.read(carried)
+            self._keep(capture, site_value)
+            if self.plan.gradients and site_value is not value and value.is_floating_point():
+                # The model goes on with what was captured, so that gradients reach it.
+                value = view.write(carried, site_value)
         return value
 
-    def edits(self, site: Site) -> bool:
-        """Return True when the run edits this site."""
-        return site in self._edits
+    def edits(self, carrier: Carrier) -> bool:
+        """Return True when the run edits what this carrier holds."""
+        return carrier in self._edits
+
+    def wants(self, carrier: Carrier) -> bool:
+        """Return True when the run reads or edits what this carrier holds."""
+        return carrier in self._sites
 
     def finish(self) -> dict[Site, Tensor]:
         """Return the activations.
@@ -87,7 +118,12 @@ class Recorder:
         Raises:
             ModelError: a site never fired, or the model overwrote a tensor that was kept.
         """
-        silent = [str(site) for site in self.sites if site not in self._fired]
+        silent = [
+            str(site)
+            for carrier, sites in self._sites.items()
+            if carrier not in self._fired
+            for site in dict.fromkeys(sites)
+        ]
         if silent:
             raise ModelError(
                 f"the forward pass never reached {', '.join(silent)}; this model does not call "
@@ -108,7 +144,7 @@ class Recorder:
         if capture.columns is not None:
             columns = capture.columns.to(value.device)
             rows = torch.arange(value.shape[0], device=value.device)
-            kept = value[rows[:, None], columns]
+            kept = take(value, rows, columns, capture.site.pos_axis)
         kept = kept.to(
             device=kept.device if capture.device is None else capture.device,
             dtype=kept.dtype if capture.dtype is None else capture.dtype,
@@ -118,17 +154,18 @@ class Recorder:
         self.activations[capture.site] = kept
 
 
-def _edited(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
-    """Return `value` with one edit applied to its selected rows and columns."""
+def edited_value(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
+    """Return a site's value with one edit applied to its selected rows and columns."""
+    axis = planned.site.pos_axis
     everything = planned.rows is None or planned.columns is None
     if planned.rows is None or planned.columns is None:
         rows = torch.arange(value.shape[0], device=value.device)
-        columns = torch.arange(value.shape[1], device=value.device).expand(value.shape[0], -1)
+        columns = torch.arange(value.shape[axis], device=value.device).expand(value.shape[0], -1)
         selected = value
     else:
         rows = planned.rows.to(value.device)
         columns = planned.columns.to(value.device)
-        selected = value[rows[:, None], columns]
+        selected = take(value, rows, columns, axis)
     mask = plan.batch.attention_mask.to(value.device)[rows[:, None], columns]
     context = EditContext(planned.site, plan.batch, rows, columns, mask, value)
     if isinstance(planned.edit, Apply):
@@ -142,11 +179,7 @@ def _edited(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
             f"it must keep {list(selected.shape)}"
         )
     edited = edited.to(value.device, value.dtype)
-    if everything:
-        return edited
-    result = value.clone()
-    result[rows[:, None], columns] = edited
-    return result
+    return edited if everything else put(value, rows, columns, edited, axis)
 
 
 @contextmanager
@@ -159,6 +192,11 @@ def running(run: object) -> Generator[None]:
         _running.reset(token)
 
 
+def current_run() -> object | None:
+    """Return the run whose forward pass this thread is in, or None."""
+    return _running.get()
+
+
 @contextmanager
 def outside() -> Generator[None]:
     """Let nothing of the surrounding run act: for calls of a user's function."""
@@ -167,18 +205,18 @@ def outside() -> Generator[None]:
 
 
 @contextmanager
-def installed(recorder: Recorder, points: dict[Site, Point]) -> Generator[None]:
-    """Keep hooks for the given sites, in their order, on their modules."""
+def installed(recorder: Recorder, carriers: Iterable[Carrier]) -> Generator[None]:
+    """Keep hooks on the given carriers' modules, in their order."""
     handles: list[RemovableHandle] = []
     try:
-        for site, point in points.items():
-            if point.side == "input":
-                hook = _input_hook(recorder, site, point)
-                handles.append(point.module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                handles.append(
-                    point.module.register_forward_hook(_output_hook(recorder, site, point))
-                )
+        for carrier in carriers:
+            module = carrier.module
+            if carrier.side == "input":
+                hook = _input_hook(recorder, carrier)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif carrier.side == "output":
+                hook = _output_hook(recorder, carrier)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -296,7 +334,7 @@ class Resume:
         block.forward = forward
 
 
-def _input_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., Any]:
+def _input_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -304,32 +342,39 @@ def _input_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., A
         if _running.get() is not recorder or kwargs is None:
             return None
         value = _first_tensor(args, kwargs)
-        if not recorder.edits(site):
-            recorder.visit(site, value)
+        edited = recorder.visit(carrier, value)
+        if edited is value:
             return None
-        if point.shared:
+        if carrier.shared:
             # In place: the skip connection holds the same tensor. Nothing but the two reads it.
-            value.copy_(recorder.visit(site, value))
+            value.copy_(edited)
             return None
-        return _with_input(args, kwargs, recorder.visit(site, value))
+        return _with_input(args, kwargs, edited)
 
     return hook
 
 
-def _output_hook(recorder: Recorder, site: Site, point: Point) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        if _running.get() is not recorder:
+def _output_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+    ) -> Any:
+        # Without an output: another thread's pass, which torch calls without kwargs.
+        if _running.get() is not recorder or output is None:
             return None
-        value: Tensor = output[0] if isinstance(output, tuple) else output
-        scaled = value if point.scale == 1.0 else value * point.scale
-        edited = recorder.visit(site, scaled)
-        if not recorder.edits(site):
+        value = first_tensor(output, carrier.item)
+        edited = recorder.visit(carrier, value, _source(args, kwargs))
+        if edited is value:
             return None
-        if point.scale != 1.0:
-            edited = edited / point.scale
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        if not isinstance(output, tuple):
+            return edited
+        return (*output[: carrier.item], edited, *output[carrier.item + 1 :])
 
     return hook
+
+
+def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    value = args[0] if args else kwargs.get("hidden_states")
+    return value if isinstance(value, Tensor) else None
 
 
 def _tuple_size(output: Any) -> int:

@@ -13,6 +13,13 @@ from layerscope.errors import ModelError
 from layerscope.models.backends.huggingface.families import Family, family_of
 
 _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
+_OUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense")
+_FUSED_NAMES = ("gate_up_proj",)
+_GATE_NAMES = ("gate_proj", "w1")
+_UP_NAMES = ("up_proj", "w3")
+_PRE_NAMES = ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
+_POST_NAMES = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "w2")
+_ROUTER_NAMES = ("gate", "router")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
@@ -22,6 +29,27 @@ class Named:
 
     name: str
     module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    """The projections inside a block's sublayers; None where there is none of that kind.
+
+    Attributes:
+        query, key, out: projections of attention.
+        pre, up, post: projections of the MLP, see `Family`; `up` is `pre` where they are fused.
+        router: what chooses experts; a mixture of experts has no `pre`, `up` and `post` here.
+        router_items: which items of its output are the logits and the chosen experts.
+    """
+
+    query: Named | None
+    key: Named | None
+    out: Named | None
+    pre: Named | None
+    up: Named | None
+    post: Named | None
+    router: Named | None
+    router_items: tuple[int | None, int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +63,7 @@ class Block:
     mlp_norm: Named | None
     mlp: Named
     mlp_out: Named
+    inner: Inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +135,46 @@ def _block(model: nn.Module, path: str, family: Family) -> Block:
     def part(name: str) -> Named:
         return Named(f"{path}.{name}", _module(model, f"{path}.{name}", family))
 
+    attention, mlp = part(family.attention), part(family.mlp)
     return Block(
         whole=Named(path, _module(model, path, family)),
         input_norm=_optional(model, path, family.input_norm, family),
-        attention=part(family.attention),
+        attention=attention,
         attention_out=part(family.attention_out or family.attention),
         mlp_norm=_optional(model, path, family.mlp_norm, family),
-        mlp=part(family.mlp),
+        mlp=mlp,
         mlp_out=part(family.mlp_out or family.mlp),
+        inner=_inner(model, path, family, attention, mlp),
+    )
+
+
+def _inner(model: nn.Module, path: str, family: Family, attention: Named, mlp: Named) -> Inner:
+    def part(given: str | None, sublayer: Named, usual: tuple[str, ...]) -> Named | None:
+        if given is not None:
+            return _optional(model, path, given, family)
+        children = dict(sublayer.module.named_children())
+        name = next((name for name in usual if name in children), None)
+        return None if name is None else Named(f"{sublayer.name}.{name}", children[name])
+
+    experts = family.router is not None or hasattr(mlp.module, "experts")
+    up = pre = post = None
+    fused = family.fused
+    if not experts:
+        pre = part(family.pre, mlp, _FUSED_NAMES)
+        fused = fused or (family.pre is None and pre is not None)
+        pre = pre or part(None, mlp, _GATE_NAMES)
+        up = pre if fused else part(family.up, mlp, _UP_NAMES) if pre else None
+        pre = pre or part(None, mlp, _PRE_NAMES)
+        post = part(family.post, mlp, _POST_NAMES)
+    return Inner(
+        query=part(family.query, attention, ("q_proj",)),
+        key=part(family.key, attention, ("k_proj",)),
+        out=part(family.out, attention, _OUT_NAMES),
+        pre=pre,
+        up=up,
+        post=post,
+        router=part(family.router, mlp, _ROUTER_NAMES) if experts else None,
+        router_items=family.router_items,
     )
 
 

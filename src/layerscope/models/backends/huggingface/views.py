@@ -1,0 +1,196 @@
+"""How a site's value is read from, and written back into, the tensor that a module carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from layerscope.errors import ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A tensor that a module reads or gives, in a run.
+
+    Attributes:
+        value: the tensor.
+        source: what the module read, where `value` is what it gave.
+        n_rows: batch rows of the run.
+    """
+
+    value: Tensor
+    source: Tensor | None
+    n_rows: int
+
+
+class View(Protocol):
+    """A site as a part of what a module carries."""
+
+    def read(self, carried: Carried) -> Tensor:
+        """Return the site's value; it may share memory with the carried tensor."""
+        ...
+
+    def write(self, carried: Carried, value: Tensor) -> Tensor:
+        """Return a carried tensor that holds another value of the site; the old one is kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole tensor, times `scale`."""
+
+    scale: float = 1.0
+
+    def read(self, carried: Carried) -> Tensor:
+        """Return the tensor."""
+        return carried.value if self.scale == 1.0 else carried.value * self.scale
+
+    def write(self, carried: Carried, value: Tensor) -> Tensor:
+        """Return the value."""
+        return value if self.scale == 1.0 else value / self.scale
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads side by side in the last axis, [batch, pos, head * d]; all of them, or one."""
+
+    n_heads: int
+    head: int | None = None
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos *head d"]:
+        """Return [batch, pos, head, d], or [batch, pos, d] of one head."""
+        heads = carried.value.unflatten(-1, (self.n_heads, -1))
+        return heads if self.head is None else heads[..., self.head, :]
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch pos width"]:
+        """Return [batch, pos, head * d]."""
+        if self.head is None:
+            return value.flatten(-2)
+        whole = carried.value.clone(memory_format=torch.contiguous_format)
+        whole.unflatten(-1, (self.n_heads, -1))[..., self.head, :] = value
+        return whole
+
+
+@dataclass(frozen=True)
+class KernelHeads:
+    """What an attention kernel reads, [batch, head, pos, d]; all heads, or one."""
+
+    head: int | None = None
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos *head d"]:
+        """Return [batch, pos, head, d], or [batch, pos, d] of one head."""
+        if self.head is None:
+            return carried.value.transpose(1, 2)
+        return carried.value[:, self.head]
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch head pos d"]:
+        """Return [batch, head, pos, d]."""
+        if self.head is None:
+            return value.transpose(1, 2)
+        whole = carried.value.clone()
+        whole[:, self.head] = value
+        return whole
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Attention scores or patterns, [batch, head, query, key]; all heads, or one."""
+
+    head: int | None = None
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch *head query key"]:
+        """Return the scores or the pattern."""
+        return carried.value if self.head is None else carried.value[:, self.head]
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch head query key"]:
+        """Return all heads."""
+        if self.head is None:
+            return value
+        whole = carried.value.clone()
+        whole[:, self.head] = value
+        return whole
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of the last axis, as fused projections have them."""
+
+    index: int
+    count: int
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos width"]:
+        """Return the part."""
+        return carried.value.chunk(self.count, dim=-1)[self.index]
+
+    def write(self, carried: Carried, value: Tensor) -> Tensor:
+        """Return all parts."""
+        whole = carried.value.clone(memory_format=torch.contiguous_format)
+        whole.chunk(self.count, dim=-1)[self.index].copy_(value)
+        return whole
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose batch and position axes are one, as routers of experts give them."""
+
+    def read(self, carried: Carried) -> Shaped[Tensor, "batch pos width"]:
+        """Return the axes apart."""
+        if carried.value.ndim == 3:
+            return carried.value
+        return carried.value.unflatten(0, (carried.n_rows, -1))
+
+    def write(self, carried: Carried, value: Tensor) -> Tensor:
+        """Return the axes as they were."""
+        return value if carried.value.ndim == 3 else value.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOut:
+    """What one head adds to the output of attention's output projection, its bias left out."""
+
+    projection: nn.Module
+    n_heads: int
+    head: int
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos d_model"]:
+        """Return z of the head times its rows of the output matrix."""
+        source = carried.source
+        assert source is not None
+        width = source.shape[-1] // self.n_heads
+        span = slice(self.head * width, (self.head + 1) * width)
+        weight = self.projection.weight
+        if isinstance(self.projection, nn.Linear) and _plain(weight):
+            return source[..., span] @ weight[:, span].T
+        if isinstance(self.projection, Conv1D) and _plain(weight):
+            return source[..., span] @ weight[span]
+        # Quantised weights: the projection itself knows them.
+        alone = torch.zeros_like(source)
+        alone[..., span] = source[..., span]
+        given: Tensor = self.projection.forward(alone)
+        bias = getattr(self.projection, "bias", None)
+        return given if bias is None else given - bias
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        """Return the projection's output with this head's share exchanged."""
+        return carried.value + (value - self.read(carried))
+
+
+def _plain(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+
+
+def first_tensor(value: object, item: int = 0) -> Tensor:
+    """Return the tensor that a module gave: the output itself, or an item of a tuple.
+
+    Raises:
+        ModelError: there is no tensor there.
+    """
+    found = value[item] if isinstance(value, tuple) else value
+    if not isinstance(found, Tensor):
+        raise ModelError("a module of this model does not give the tensor that a site names")
+    return found
