@@ -1,4 +1,4 @@
-"""Tiny random models of every listed family, and a tiny tokenizer, built offline from configs."""
+"""Tiny random models of every family, and a tiny tokenizer, built offline from configs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-VOCAB = 384
+from support.tiny_configs import CANDIDATES, FAMILIES, UNLISTED
+from support.tiny_parts import BASE, VOCAB
 
 _CORPUS = [
     "Give the city name only, plain text. The capital of Germany is called simply Berlin",
@@ -19,77 +20,13 @@ _CORPUS = [
     "One two three four five six seven eight nine ten. Question: what is it? Answer: the answer.",
 ] * 4
 
-# What every family shares; each row of FAMILIES adds or overrides.
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-_MHA = {"num_key_value_heads": None}  # no grouped queries in these configurations
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama"},
-    "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "sliding_window": 4, "head_dim": 8},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
-    "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
-    "gemma2": {
-        "model_type": "gemma2",
-        "num_hidden_layers": 4,
-        "head_dim": 8,
-        "sliding_window": 4,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-        "query_pre_attn_scalar": 16,
-        "tie_word_embeddings": True,
-    },
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 4,
-        "head_dim": 8,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "query_pre_attn_scalar": 16,
-        "tie_word_embeddings": True,
-    },
-    "gpt2": {**_MHA, "model_type": "gpt2", "n_inner": 48, "tie_word_embeddings": True},
-    "gpt2_untied": {**_MHA, "model_type": "gpt2", "n_inner": 48},
-    "gpt_neox": {**_MHA, "model_type": "gpt_neox", "rotary_pct": 0.5},
-    "gpt_neox_sequential": {**_MHA, "model_type": "gpt_neox", "use_parallel_residual": False},
-    "phi3": {"model_type": "phi3"},
-    "olmo2": {"model_type": "olmo2"},
-}
-
-# Families that no table row describes: they must be resolved from their structure.
-UNLISTED: dict[str, dict[str, Any]] = {
-    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
-    "granite": {
-        "model_type": "granite",
-        "residual_multiplier": 0.4,
-        "logits_scaling": 3.0,
-        "embedding_multiplier": 2.5,
-        "attention_multiplier": 0.3,
-    },
-    "cohere": {"model_type": "cohere", "logit_scale": 0.25, "tie_word_embeddings": True},
-    "phi": {"model_type": "phi"},
-    "gptj": {**_MHA, "model_type": "gptj", "n_inner": 48, "rotary_dim": 4},  # blocks return tuples
-}
+# What a checkpoint holds in buffers rather than in parameters.
+_LEARNED_BUFFERS = ("layer_scalar", "e_score_correction_bias", "expert_bias")
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """Return the configuration of the tiny model of a family."""
-    row = {**_BASE, **(FAMILIES.get(family) or UNLISTED[family]), **overrides}
+    row = {**BASE, **{**CANDIDATES, **UNLISTED, **FAMILIES}[family], **overrides}
     given = {key: value for key, value in row.items() if value is not None}
     return AutoConfig.for_model(given.pop("model_type"), **given)
 
@@ -99,7 +36,9 @@ def tiny(
 ) -> PreTrainedModel:
     """Build a random model whose norms, gains and biases are all far from their defaults."""
     config = tiny_config(family, **overrides)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.random.fork_rng(devices=[]):  # some classes draw what is not overwritten below
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -112,6 +51,9 @@ def tiny(
                 parameter.copy_(0.2 * noise)
             else:  # the gain of a norm; Gemma's is an offset from one, and stays one
                 parameter.add_(0.4 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(_LEARNED_BUFFERS):
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype)
 
 
