@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerscope.errors import ConfigError, PromptError
+from layerscope.models.prompt import render
 from layerscope.models.prompts import Prompt, TokenBatch, leading_specials, tokenize
+from support.chat_templates import LLAMA3, STYLES, chat_tokenizer
 from support.shared import shared_path
 from support.tiny_models import tiny_tokenizer
 
@@ -95,6 +97,33 @@ class TestBos:
     def test_ids_are_taken_as_they_are(self) -> None:
         batch = tokenize(tiny_tokenizer(), [Prompt(ids=(5, 6)), [9]])
         assert [batch.row_ids(row) for row in range(2)] == [(5, 6), (9,)]
+
+    @pytest.mark.parametrize("style", STYLES)
+    @pytest.mark.parametrize("adds", [True, False])
+    @pytest.mark.parametrize("prepend_bos", [None, True])
+    def test_a_chat_has_one_bos_whoever_writes_it(
+        self, style: str, adds: bool, prepend_bos: bool | None
+    ) -> None:
+        tokenizer = with_post_processor("<bos> $A" if adds else "$A")
+        tokenizer.chat_template = STYLES[style]
+        chats = [
+            Prompt("Paris", format="chat"),
+            Prompt(messages=[("user", "One"), ("assistant", "two"), ("user", "three")]),
+            Prompt("Paris", answer_prefix="It is"),
+        ]
+        batch = tokenize(tokenizer, chats, prepend_bos=prepend_bos)
+        expected = int(adds or bool(prepend_bos) or style != "chatml")
+        for row in range(len(chats)):
+            ids = batch.row_ids(row)
+            assert ids.count(tokenizer.bos_token_id) == expected
+            assert (ids[0] == tokenizer.bos_token_id) == bool(expected)
+
+    def test_a_rendered_chat_given_as_a_string_is_the_same_prompt(self) -> None:
+        for style in STYLES.values():
+            tokenizer = chat_tokenizer(style)
+            prompt = Prompt("The capital of France?", format="chat")
+            text = render(tokenizer, prompt).text
+            assert tokenize(tokenizer, text).row_ids(0) == tokenize(tokenizer, prompt).row_ids(0)
 
 
 class TestPadding:
@@ -189,6 +218,23 @@ class TestOffsets:
             assert span is not None
             if "\ufffd" not in token:
                 assert text[slice(*span)].strip() == token.strip()
+
+    def test_spans_of_a_chat_find_what_the_user_said(self) -> None:
+        tokenizer = chat_tokenizer(LLAMA3)
+        prompt = Prompt("The capital of France", system="One two", answer_prefix="Paris")
+        rendered, batch = render(tokenizer, prompt), tokenize(tokenizer, prompt)
+        spans = batch.offsets[0]
+        assert spans is not None and rendered.parts is not None
+        ids = batch.row_ids(0)
+        for part, said in zip(
+            rendered.parts, ("One two", "The capital of France", "Paris"), strict=True
+        ):
+            inside = [
+                id_
+                for id_, span in zip(ids, spans, strict=True)
+                if span is not None and part[0] <= span[0] and span[1] <= part[1]
+            ]
+            assert tokenizer.decode(inside) == said
 
     def test_tokens_are_text(self) -> None:
         tokenizer = tiny_tokenizer()

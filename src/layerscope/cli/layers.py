@@ -66,6 +66,29 @@ def layers(
             "input norm of the next block, to compare with earlier published tables.",
         ),
     ] = "final",
+    prompt_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="raw: prompts as they stand. chat: inside the model's own chat template. "
+            "auto: chat for an instruct model, raw for a base model.",
+        ),
+    ] = "auto",
+    system: Annotated[str | None, typer.Option("--system", help="System message of a chat.")] = (
+        None
+    ),
+    task: Annotated[
+        str,
+        typer.Option("--task", help="Task template for the prompts: completion or qa, or an id."),
+    ] = "completion",
+    instruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--instruct/--base",
+            help="Whether MODEL was tuned on its chat template. Default: decided by its name and "
+            "tokenizer.",
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -99,6 +122,9 @@ def layers(
     config = LayersConfig(
         lenses=tuple(name.strip() for name in lens.split(",") if name.strip()),
         norm_choice=norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
+        format=prompt_format,  # pyright: ignore[reportArgumentType]  # checked by the config itself
+        system=system,
+        task=task,
         run_products=products,
     )
     chosen = PromptSet.builtin() if prompts is None else PromptSet.from_file(prompts)
@@ -107,6 +133,7 @@ def layers(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        instruct=instruct,
         out=out,
         store=store,
         html=html,
@@ -127,6 +154,10 @@ def show(sweep: Sweep, *, as_json: bool) -> None:
     for outcome in sweep.outcomes:
         if outcome.result is not None:
             print_summary(outcome.result.summary, outcome.result.table, screen)
+            used = outcome.result.provenance.get("prompts") or {}
+            if "format" in used:
+                line = f"prompt format: {used['format']} ({used['format_reason']})"
+                screen.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             screen.print(f"{outcome.model}: failed: {outcome.error}", markup=False)
     places = {"files": sweep.run_dir, "page": sweep.report, "store": sweep.store}

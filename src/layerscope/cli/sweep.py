@@ -32,6 +32,7 @@ class SweepOptions:
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    instruct: bool | None = None
     out: Path = DEFAULT_FOLDER
     store: str | None = None
     html: bool = True
@@ -145,7 +146,7 @@ def _record_failure(
 
 
 def _how(options: SweepOptions) -> list[Any]:
-    return [options.device, options.dtype, options.revision]
+    return [options.device, options.dtype, options.revision, options.instruct]
 
 
 def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: SweepOptions) -> Plan:
@@ -159,6 +160,7 @@ def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: Swee
             dtype=options.dtype,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
+            instruct=options.instruct,
         )
         return plan(loaded, prompts, config)
 

@@ -43,6 +43,7 @@ class PassSummary:
             "fact_index": prompt.fact_index,
             "prompt_id": prompt.prompt_id,
             "prompt_variant": prompt.prompt_variant,
+            "prompt_sha256": prompt.prompt_sha256,
             "lens": self.part.lens,
             **self.fields,
             "milestones": {name: item.to_dict() for name, item in self.milestones.items()},

@@ -124,7 +124,11 @@ class LastRowInfo:
 
 @dataclass(frozen=True)
 class PromptInfo:
-    """One pass: its text, its tokens, its answer and how the answer was aligned."""
+    """One pass: its text, its tokens, its answer and how the answer was aligned.
+
+    `text` is what was asked. `format` and `template` say what became of it before the model read
+    it, and `prompt_sha256` covers both, the rendered text and its token ids.
+    """
 
     prompt_index: int
     fact_key: str | None
@@ -132,8 +136,11 @@ class PromptInfo:
     prompt_id: str
     prompt_variant: str
     text: str
-    prompt_ids: tuple[int, ...]  # without special tokens
+    prompt_ids: tuple[int, ...]  # of the text: no special tokens, nothing of a chat template
     tokens: tuple[str, ...]  # of the whole unpadded sequence, special tokens included
+    format: str = "raw"  # or "chat"
+    template: str | None = None  # id of the task template
+    prompt_sha256: str | None = None
     answer: str | None = None
     answer_ids: tuple[int, ...] = ()
     answer_pieces: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
-"""Prompts, and how they become a batch of token ids with exactly one BOS."""
+"""How prompts become a batch of token ids with exactly one BOS."""
 
 from __future__ import annotations
 
-import operator
+import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from layerscope.errors import PromptError
 from layerscope.models.batches import PaddingSide, RowOffsets, Span, TokenBatch, check_side
+from layerscope.models.chat import Tuning
+from layerscope.models.prompt import Prompt, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,23 +30,8 @@ __all__ = [
     "tokenize",
 ]
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: a text, or token ids taken exactly as they are.
-
-    `key` names the prompt in messages and tables.
-    """
-
-    text: str | None = None
-    ids: tuple[int, ...] | None = None
-    key: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.text is None) == (self.ids is None):
-            raise PromptError("a Prompt takes either a text or ids: give exactly one of the two")
-        if self.ids is not None:
-            object.__setattr__(self, "ids", tuple(operator.index(id_) for id_ in self.ids))
+# Tokenizers of instruct models that were given raw text: each is warned of once.
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 PromptLike: TypeAlias = str | Prompt | Sequence[int]
@@ -64,13 +52,16 @@ def tokenize(
     padding_side: PaddingSide = "right",
     max_length: int | None = None,
     vocab_size: int | None = None,
+    tuning: Tuning | None = None,
 ) -> TokenBatch:
     """Turn prompts into one padded batch.
 
     A text gets what its tokenizer puts in front of it (one BOS where the model uses one, nothing
-    for GPT-2 or Qwen), never a second BOS, and never what the tokenizer appends (EOS, SEP).
-    Prompts given as ids are taken as they are. A batch, or a mapping with ``input_ids`` and
-    ``attention_mask``, keeps its own padding.
+    for GPT-2 or Qwen), never a second BOS, and never what the tokenizer appends (EOS, SEP); so
+    does the text that a chat template renders. A plain string is raw text, so that positions count
+    what was written; a `Prompt` without a format takes the model's default. Prompts given as ids
+    are taken as they are. A batch, or a mapping with ``input_ids`` and ``attention_mask``, keeps
+    its own padding. Offsets are those of the rendered text (see `render`).
 
     Args:
         tokenizer: the model's tokenizer.
@@ -80,10 +71,13 @@ def tokenize(
         padding_side: where shorter rows are padded.
         max_length: most tokens a prompt may have (the model's context).
         vocab_size: number of ids the model knows; default: those of the tokenizer.
+        tuning: whether the model is instruct-tuned. A base model refuses chats; the first raw text
+            of an instruct model warns. Without it, what has no format is raw.
 
     Raises:
         PromptError: a prompt is empty, too long, starts with two BOS, has an id outside the
-            vocabulary, or is an unmasked padded tensor; or a BOS is asked of a tokenizer without.
+            vocabulary, or is an unmasked padded tensor; a BOS is asked of a tokenizer without; or
+            a prompt is a chat, and the model or its template does not take it.
     """
     check_side(padding_side)
     size = len(tokenizer) if vocab_size is None else vocab_size
@@ -96,12 +90,18 @@ def tokenize(
         return batch
     items = _as_prompts(cast(Any, prompts), tokenizer)
     bos = _bos_id(tokenizer, required=prepend_bos is True)
-    front = _front(tokenizer, items, prepend_bos)
-    encoded = [
-        _encode_text(tokenizer, item, index, front, bos)
-        if item.text is not None
-        else _take_ids(item.ids or (), bos if prepend_bos else None)
+    texts = [
+        None if item.ids is not None else _rendered(tokenizer, item, index, tuning)
         for index, item in enumerate(items)
+    ]
+    if prepend_bos is not False:  # without a BOS the text is a piece of something longer
+        _warn_of_raw_text(tokenizer, items, tuning)
+    front = _front(tokenizer, [text for text in texts if text], prepend_bos)
+    encoded = [
+        _take_ids(item.ids or (), bos if prepend_bos else None)
+        if text is None
+        else _encode_text(tokenizer, text, _label(index, item.key), front, bos)
+        for index, (item, text) in enumerate(zip(items, texts, strict=True))
     ]
     rows = [item.ids for item in encoded]
     _check_rows(rows, [item.key for item in items], max_length, size)
@@ -192,7 +192,7 @@ def _as_prompts(
     prompts: PromptLike | Sequence[PromptLike] | Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> list[Prompt]:
     if isinstance(prompts, str):
-        return [Prompt(text=prompts)]
+        return [Prompt(text=prompts, format="raw")]
     if isinstance(prompts, Prompt):
         return [prompts]
     if isinstance(prompts, Tensor):
@@ -219,7 +219,7 @@ def _as_prompt(item: Any, index: int) -> Prompt:
     if isinstance(item, Prompt):
         return item
     if isinstance(item, str):
-        return Prompt(text=item)
+        return Prompt(text=item, format="raw")
     try:
         return Prompt(ids=tuple(item))
     except TypeError as error:
@@ -254,24 +254,46 @@ def _bos_id(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> int | None
 
 
 def _front(
-    tokenizer: PreTrainedTokenizerBase, items: Sequence[Prompt], prepend_bos: bool | None
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prepend_bos: bool | None
 ) -> tuple[int, ...]:
     """Return the ids that go in front of every text."""
     if prepend_bos is False:
         return ()
     if prepend_bos is True:
         return (cast(int, tokenizer.bos_token_id),)
-    return leading_specials(tokenizer, [item.text for item in items if item.text])
+    return leading_specials(tokenizer, texts)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, item: Prompt, index: int, tuning: Tuning | None
+) -> str:
+    try:
+        return render(tokenizer, item, tuning=tuning).text
+    except PromptError as error:
+        raise PromptError(f"{_label(index, item.key)}: {error}") from error
+
+
+def _warn_of_raw_text(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Prompt], tuning: Tuning | None
+) -> None:
+    if tuning is None or not tuning.instruct or tokenizer in _warned:
+        return
+    if any(item.ids is None and item.format == "raw" for item in items):
+        _warned.add(tokenizer)
+        warnings.warn(
+            "raw text for an instruct model, which was tuned on its chat template: "
+            "Prompt(text, format='chat') uses it (this is said once)",
+            stacklevel=4,
+        )
 
 
 def _encode_text(
     tokenizer: PreTrainedTokenizerBase,
-    item: Prompt,
-    index: int,
+    text: str,
+    label: str,
     front: tuple[int, ...],
     bos: int | None,
 ) -> _Encoded:
-    label, text = _label(index, item.key), item.text or ""
     if not text:
         raise PromptError(f"{label} is empty: give it a text")
     try:

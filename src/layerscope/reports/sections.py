@@ -117,6 +117,7 @@ def _chips(table: LayersTable, provenance: Mapping[str, Any]) -> tuple[tuple[str
         ("vocabulary", meta.d_vocab),
         ("width", meta.d_model),
         ("prompts", f"{len(prompts)} ({n_facts} facts)" if n_facts else len(prompts)),
+        ("prompt format", ", ".join(sorted({prompt.format for prompt in prompts}))),
         ("lenses", ", ".join(table.lenses)),
         ("norm", meta.norm_choice),
         ("device", find(sources, ("device",))),

@@ -33,7 +33,7 @@ def decoded(
     model: LanguageModel, facts: tuple[Fact, ...] = FACTS, **options: object
 ) -> tuple[pl.DataFrame, list[PromptInfo]]:
     config = LayersConfig(**options)  # pyright: ignore[reportArgumentType]
-    prepared = prepare(model, PromptSet("test", facts).passes())
+    prepared = prepare(model, PromptSet("test", facts).passes(), LayersConfig())
     lenses = [get_lens(name, model, norm=config.norm_choice) for name in config.lenses]
     decoder = BatchDecoder(model, lenses, config)
     units = work_units(

@@ -9,6 +9,7 @@ from layerscope.errors import ConfigError, nearest
 from layerscope.measures.config import MeasureConfig
 
 LENSES = ("raw", "norm")
+PROMPT_FORMATS = ("auto", "raw", "chat")
 MIB = 2**20
 
 
@@ -19,12 +20,19 @@ class LayersConfig:
     `norm_choice` is `final` (the final norm everywhere, as in the literature) or `next_norm` (the
     input norm of the next block, a compatibility mode). `products` names the matrix product of the
     readout, `run_products` that of the model's forward passes; `default` leaves torch as found.
+    `format` is `raw` (the prompt as it stands), `chat` (inside the model's own chat template) or
+    `auto` (chat for an instruct model, raw for a base model); `system` is the chat's system
+    message. `task` names the task template that a prompt's text goes into; the default,
+    `completion`, adds nothing.
     Batch and tile sizes do not change a result beyond rounding, but they are part of the
     configuration because the same bytes are promised only for the same configuration.
     """
 
     lenses: tuple[str, ...] = LENSES
     norm_choice: Literal["final", "next_norm"] = "final"
+    format: Literal["auto", "raw", "chat"] = "auto"
+    system: str | None = None
+    task: str = "completion"
     top_k: int = 20
     measures: MeasureConfig = field(default_factory=MeasureConfig)
     products: Literal["default", "checked"] = "checked"
@@ -46,6 +54,13 @@ class LayersConfig:
                 f"unknown norm choice {self.norm_choice!r}"
                 f"{nearest(self.norm_choice, ('final', 'next_norm'))}; use final or next_norm"
             )
+        if self.format not in PROMPT_FORMATS:
+            raise ConfigError(
+                f"unknown format {self.format!r}{nearest(self.format, PROMPT_FORMATS)}; "
+                "use auto, raw or chat"
+            )
+        if self.system is not None and self.format == "raw":
+            raise ConfigError("system belongs to a chat; use format chat, or drop it")
         if self.top_k < 5:  # p_top5 sums the five most likely
             raise ConfigError(f"top_k must be at least 5, not {self.top_k}")
         for name in ("passes_per_batch", "batch_bytes", "readout_bytes"):

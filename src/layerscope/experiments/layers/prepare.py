@@ -14,7 +14,11 @@ from layerscope.experiments.layers.prompts import Pass
 from layerscope.measures.table import SCHEMA_VERSION
 from layerscope.models import LanguageModel
 from layerscope.models.answers import AnswerAlignment, align_answer
+from layerscope.models.batches import RowOffsets, Span
+from layerscope.models.chat import Format
+from layerscope.models.prompt import Rendered, prompt_sha256, render
 from layerscope.models.prompts import encode_plain
+from layerscope.models.templates import TaskTemplate, get_template
 from layerscope.models.vocabulary import is_ignorable
 
 BYTES_PER_VALUE = 4  # residuals are decoded in float32
@@ -28,9 +32,12 @@ class PreparedPass:
     `sequence` is what goes through the model: special tokens, prompt, and all answer tokens but the
     last, so that later answer tokens are scored given the earlier ones. Causality leaves
     everything up to `length`, the end of the prompt, as if the answer were not there.
+    `prompt_ids` are the tokens of what was asked: of a chat, those of its messages.
     """
 
     source: Pass
+    rendered: Rendered
+    prompt_sha256: str
     alignment: AnswerAlignment
     prompt_ids: tuple[int, ...]
     sequence: tuple[int, ...]
@@ -47,35 +54,51 @@ class WorkUnit:
     passes: tuple[PreparedPass, ...]
 
 
-def prepare(model: LanguageModel, passes: Sequence[Pass]) -> list[PreparedPass]:
-    """Align every answer and tokenise every prompt; raises PromptError naming the prompt."""
-    strings = model.token_strings()
+def chosen_format(model: LanguageModel, config: LayersConfig) -> Format:
+    """Return the format of the prompts: the configured one, or with `auto` the model's default."""
+    return model.tuning.default_format if config.format == "auto" else config.format
+
+
+def prepare(
+    model: LanguageModel, passes: Sequence[Pass], config: LayersConfig
+) -> list[PreparedPass]:
+    """Render and tokenise every prompt and align its answer; raises PromptError naming it."""
+    template = get_template(config.task, family=model.family)
     found: list[PreparedPass] = []
     for source in passes:
         try:
-            found.append(_prepare_one(model, source, strings))
+            found.append(_prepare_one(model, source, template, config))
         except PromptError as error:
             name = source.fact_key or "the control"
             raise type(error)(f"prompt {name!r} ({source.variant}): {error}") from None
     return found
 
 
-def _prepare_one(model: LanguageModel, source: Pass, strings: Sequence[str]) -> PreparedPass:
-    alignment = align_answer(model.tokenizer, source.text, source.answer)
+def _prepare_one(
+    model: LanguageModel, source: Pass, template: TaskTemplate, config: LayersConfig
+) -> PreparedPass:
+    format_ = chosen_format(model, config)
+    prompt = template.prompt(source.text, format=format_, system=config.system)
+    rendered = render(model.tokenizer, prompt, tuning=model.tuning)
+    alignment = align_answer(model.tokenizer, rendered.text, source.answer)
     foil_id = None
     if source.foil is not None:
-        foil_id = align_answer(model.tokenizer, source.text, source.foil).first_id
-    prompt_ids, _ = encode_plain(model.tokenizer, source.text)
-    start = model.tokenize([source.text]).row_ids(0)
+        foil_id = align_answer(model.tokenizer, rendered.text, source.foil).first_id
+    batch = model.tokenize([prompt])
+    start = batch.row_ids(0)
+    prompt_ids = _written_ids(model, rendered, start, batch.offsets[0])
     sequence = (*start, *alignment.ids[:-1])
     if model.n_ctx is not None and len(sequence) > model.n_ctx:
         raise PromptError(
             f"{len(sequence)} tokens with its answer, but {model.name} reads at most "
             f"{model.n_ctx}; shorten the prompt"
         )
+    strings = model.token_strings()
     echo = tuple(dict.fromkeys(token for token in prompt_ids if not is_ignorable(strings[token])))
     return PreparedPass(
         source=source,
+        rendered=rendered,
+        prompt_sha256=prompt_sha256(start, rendered),
         alignment=alignment,
         prompt_ids=prompt_ids,
         sequence=tuple(int(token) for token in sequence),
@@ -83,6 +106,25 @@ def _prepare_one(model: LanguageModel, source: Pass, strings: Sequence[str]) -> 
         foil_id=foil_id,
         echo_ids=echo,
     )
+
+
+def _written_ids(
+    model: LanguageModel, rendered: Rendered, ids: Sequence[int], offsets: RowOffsets | None
+) -> tuple[int, ...]:
+    """Return the tokens of what the user wrote, without what a chat template adds."""
+    plain, _ = encode_plain(model.tokenizer, rendered.text)
+    if rendered.format == "raw":
+        return plain
+    if rendered.parts is None or offsets is None:
+        special = set(model.tokenizer.all_special_ids)
+        return tuple(id_ for id_ in plain if id_ not in special)
+    return tuple(
+        id_ for id_, span in zip(ids, offsets, strict=True) if _inside(span, rendered.parts)
+    )
+
+
+def _inside(span: Span | None, parts: Sequence[Span]) -> bool:
+    return span is not None and any(span[0] < end and start < span[1] for start, end in parts)
 
 
 def work_units(
@@ -120,7 +162,7 @@ def _key(group: Sequence[PreparedPass], config: LayersConfig, identity: Mapping[
         "schema": SCHEMA_VERSION,
         "identity": dict(identity),
         "config": config.to_dict(),
-        "passes": [asdict(item.source) for item in group],
+        "passes": [[asdict(item.source), item.prompt_sha256] for item in group],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

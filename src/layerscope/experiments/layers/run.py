@@ -12,7 +12,7 @@ import polars as pl
 from layerscope.experiments import provenance
 from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.decode import BatchDecoder
-from layerscope.experiments.layers.prepare import WorkUnit, prepare, work_units
+from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, prepare, work_units
 from layerscope.experiments.layers.prompts import PromptSet
 from layerscope.lenses import get_lens
 from layerscope.measures.copy import with_copy_flags
@@ -100,7 +100,7 @@ def plan(
     """Align, tokenise and cut into work units; raises what `analyze` raises."""
     prompts = prompts or PromptSet.builtin()
     config = config or LayersConfig()
-    prepared = prepare(model, prompts.passes())
+    prepared = prepare(model, prompts.passes(), config)
     identity = {"model": model.provenance(), "versions": provenance.versions()}
     units = work_units(
         prepared, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
@@ -188,6 +188,12 @@ def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
     )
 
 
+def _format_reason(planned: Plan) -> str:
+    if planned.config.format != "auto":
+        return f"format={planned.config.format!r} was asked for"
+    return planned.model.tuning.reason
+
+
 def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
     model = planned.model
     return {
@@ -198,6 +204,8 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
             "facts": len(planned.prompts.facts),
             "passes": sum(len(unit.passes) for unit in planned.units),
             "sha256": planned.prompts.digest(),
+            "format": chosen_format(model, planned.config),
+            "format_reason": _format_reason(planned),
         },
         "model": model.provenance(),
         "readout_products": choose(planned.config.products, device=model.device).to_dict(),

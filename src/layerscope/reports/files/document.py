@@ -20,7 +20,15 @@ from layerscope.reports.files.view import View, soft_copy
 
 SCHEMA_VERSION = 1
 FINAL_TOP = 20
-_LABELS = ("prompt_index", "fact_key", "fact_index", "prompt_id", "prompt_variant", "lens")
+_LABELS = (
+    "prompt_index",
+    "fact_key",
+    "fact_index",
+    "prompt_id",
+    "prompt_variant",
+    "prompt_sha256",
+    "lens",
+)
 
 
 def failure(model: str, error: str) -> dict[str, Any]:
