@@ -121,6 +121,9 @@ class TokenBatch:
     def continuing(self, past_mask: Bool[Tensor, "batch past"]) -> TokenBatch:
         """Return the batch as the continuation of stored keys and values with this mask.
 
+        Rows of different lengths are padded on the right then: some models count columns where
+        they look back a number of tokens, so none may lie between a row and its past.
+
         Raises:
             PromptError: the past has another number of rows.
         """
@@ -131,6 +134,12 @@ class TokenBatch:
             )
         continued = copy.copy(self)
         object.__setattr__(continued, "past_mask", past_mask)
+        if self.padding_side == "left" and len(set(self.lengths)) > 1:
+            # A stable sort puts the real tokens of each row first, in their order.
+            order = torch.sort(self.attention_mask.int(), descending=True, stable=True).indices
+            object.__setattr__(continued, "ids", self.ids.gather(1, order))
+            object.__setattr__(continued, "attention_mask", self.attention_mask.gather(1, order))
+            object.__setattr__(continued, "padding_side", "right")
         return continued
 
     def past_length(self, row: int) -> int:

@@ -225,7 +225,10 @@ class ResampleAblate(Edit):
         columns = context.columns
         if self.positions is not None:
             columns = columns_of(batch, sources, self.positions, self).to(values.device)
-        elif any(batch.lengths[a] != batch.lengths[b] for a, b in zip(rows, sources, strict=True)):
+        elif any(
+            batch.past_length(a) != batch.past_length(b) or batch.lengths[a] != batch.lengths[b]
+            for a, b in zip(rows, sources, strict=True)
+        ):
             raise EditError(
                 f"ResampleAblate at '{self.site}' pairs prompts of different lengths; give "
                 "positions that exist in both"

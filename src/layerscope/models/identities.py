@@ -142,7 +142,7 @@ def check(backend: Backend, *, thorough: bool = True) -> IdentityReport:
         found = [*_errors(backend, batch, execution)]
         if thorough:
             found.append(_resumption(backend, batch, execution))
-    bound = _BOUNDS.get(backend.dtype, max(_BOUNDS.values()))
+    bound = bound_of(backend.dtype)
     worst: dict[str, Identity] = {}
     for name, error, where in found:
         known = worst.get(name)
@@ -223,6 +223,11 @@ def _block_errors(backend: Backend, values: Any, layer: int) -> Iterator[tuple[s
     name, norm = backend.norm_at(layer, "next_norm")
     if name != backend.norm_at(layer, "final")[0]:
         yield "next_norm", relative_error(values[Site("attn_in", layer)], norm(before)), where
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """Return the largest relative error at which an identity holds in a dtype."""
+    return _BOUNDS.get(dtype, max(_BOUNDS.values()))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from layerscope.errors import CapabilityError, ConfigError, IdentityError, ModelError, nearest
+from layerscope.errors import (
+    CapabilityError,
+    ConfigError,
+    IdentityError,
+    ModelError,
+    PromptError,
+    nearest,
+)
 from layerscope.models import identities
 from layerscope.models.backends.base import Backend, Cache, Capability, NormChoice
 from layerscope.models.chat import Tuning, find_tuning
@@ -287,6 +294,7 @@ class LanguageModel:
             batch = self.tokenize(prompts)
         else:
             batch = self.tokenize(prompts, prepend_bos=False).continuing(cache.mask)
+            self._check_context(batch)
         planned = plan(
             self.backend,
             batch,
@@ -315,6 +323,15 @@ class LanguageModel:
             info=self.backend.info,
             cache=execution.cache,
         )
+
+    def _check_context(self, batch: TokenBatch) -> None:
+        for row, length in enumerate(batch.lengths):
+            past = batch.past_length(row)
+            if self.n_ctx is not None and past + length > self.n_ctx:
+                raise PromptError(
+                    f"prompt {row} has {past} tokens in the cache and {length} more; the model's "
+                    f"context holds {self.n_ctx}: shorten it by {past + length - self.n_ctx}"
+                )
 
     def check(self) -> IdentityReport:
         """Run the identities again and return what they gave; raises nothing when one fails."""

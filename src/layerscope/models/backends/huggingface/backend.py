@@ -12,9 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerscope.errors import LensError, ModelError
+from layerscope.errors import CapabilityError, LensError, ModelError
 from layerscope.models.backends.base import Capability, Execution, ModelInfo
-from layerscope.models.backends.huggingface.cache import KeyValueCache, supports_cache
+from layerscope.models.backends.huggingface.cache import (
+    KeyValueCache,
+    continuation_error,
+    supports_cache,
+)
 from layerscope.models.backends.huggingface.hooks import (
     Carrier,
     Point,
@@ -26,7 +30,8 @@ from layerscope.models.backends.huggingface.hooks import (
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
 from layerscope.models.backends.huggingface.points import Points
-from layerscope.models.backends.huggingface.structure import Named, Structure
+from layerscope.models.backends.huggingface.structure import Named, Structure, is_listed
+from layerscope.models.identities import bound_of
 from layerscope.models.sites import Site
 from layerscope.readout.unembedding import Unembedding
 
@@ -56,6 +61,7 @@ class HuggingFaceBackend:
         self._resume = Resume([block.whole.module for block in structure.blocks])
         accepted = inspect.signature(structure.base.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
+        self._continues: bool | None = None  # whether passes can be continued; None: not yet known
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +113,8 @@ class HuggingFaceBackend:
         """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
+        if plan.keep_cache or plan.cache is not None:
+            self._require_cache()
         recorder = Recorder(plan, self._point)
         carriers = recorder.carriers
         kernels = {
@@ -128,7 +136,7 @@ class HuggingFaceBackend:
             if kernels:
                 stack.enter_context(TAPS.installed(kernels))
             stack.enter_context(stopping_after(recorder, last))
-            logits, cache = self._forward(plan)
+            logits, cache = self._forward(plan, recorder)
             if logits is not None and recorder.wants(_LOGITS):
                 logits = recorder.visit(_LOGITS, logits)
         return Execution(recorder.finish(), logits, cache)
@@ -188,12 +196,16 @@ class HuggingFaceBackend:
             inputs["past_key_values"] = KeyValueCache.empty()
         return inputs
 
-    def _forward(self, plan: RunPlan) -> tuple[Tensor | None, KeyValueCache | None]:
+    def _forward(
+        self, plan: RunPlan, recorder: Recorder
+    ) -> tuple[Tensor | None, KeyValueCache | None]:
         inputs = self._inputs(plan)
         output = self.model(**inputs) if plan.logits == "all" else self.structure.base(**inputs)
         cache = None
         if plan.keep_cache:
-            cache = KeyValueCache.of(output.past_key_values, plan.batch.key_mask)
+            cache = KeyValueCache.of(
+                output.past_key_values, plan.batch.key_mask, recorder.exchanged
+            )
         if plan.logits == "all":
             return output.logits, cache
         if plan.logits is None:
@@ -202,6 +214,30 @@ class HuggingFaceBackend:
         columns = plan.logits.to(hidden.device)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return self._head(hidden[rows[:, None], columns]), cache
+
+    def _require_cache(self) -> None:
+        """Prove once that passes can be continued; models of the family table are tested for it.
+
+        Raises:
+            CapabilityError: a pass in pieces is not the pass in one piece.
+        """
+        if self._continues is None:
+            self._continues = is_listed(self.model) or self._prove_cache()
+        if not self._continues:
+            raise CapabilityError(
+                f"{self.info.family} cannot continue from stored keys and values: a pass in pieces "
+                "gives other numbers than one in one piece; run the whole sequence instead"
+            )
+
+    def _prove_cache(self) -> bool:
+        try:
+            error = continuation_error(
+                self.structure.base, self.device, positions=self._takes_position_ids
+            )
+        # Foreign code: whatever it raises when given a cache means that it takes none.
+        except Exception:
+            return False
+        return error <= bound_of(self.dtype)
 
     def _probe_kernels(self) -> dict[nn.Module, KernelShape]:
         """Run a few tokens and see what every block's attention kernel reads."""

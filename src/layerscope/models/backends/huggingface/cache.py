@@ -5,16 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from layerscope.errors import CapabilityError
+
+Exchanged = Sequence[tuple[Tensor, Tensor]]
+"""Keys or values as the model computed them, and what an edit made of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class KeyValueCache:
     """The keys and values of every block, all columns of them, whatever window a block looks at.
+
+    A row's tokens are its last columns, whatever the padding of the pass: models with a window look
+    back a number of columns, so there must be no gap between tokens, nor before the next one.
 
     Attributes:
         mask: True where a column belongs to a real token.
@@ -29,9 +38,18 @@ class KeyValueCache:
         return DynamicCache()
 
     @classmethod
-    def of(cls, native: DynamicCache, mask: Bool[Tensor, "batch past"]) -> KeyValueCache:
-        """Wrap what a pass filled."""
-        return cls(mask, native)
+    def of(
+        cls, native: DynamicCache, mask: Bool[Tensor, "batch past"], exchanged: Exchanged = ()
+    ) -> KeyValueCache:
+        """Wrap what a pass filled, with edited keys and values in place of the model's own.
+
+        Raises:
+            CapabilityError: the model keeps other keys than those its attention kernel reads.
+        """
+        for original, edited in exchanged:
+            _exchange(native, original, edited)
+        cache = cls(mask, native)
+        return cache._without_gaps() if bool((mask[:, :-1] & ~mask[:, 1:]).any()) else cache
 
     def native(self) -> DynamicCache:
         """Return a cache for one pass: appending to it makes new tensors and leaves these alone."""
@@ -48,6 +66,16 @@ class KeyValueCache:
         """Return the cache of the columns before one."""
         return self._map(self.mask[:, :column], lambda x: x[:, :, :column])
 
+    def _without_gaps(self) -> KeyValueCache:
+        """Return the cache with every row's tokens moved to its last columns."""
+        # A stable sort puts padding first and keeps the order of the tokens.
+        order = torch.sort(self.mask.int(), dim=1, stable=True).indices
+        order = order[:, -int(self.mask.sum(dim=1).max()) :]
+        return self._map(
+            self.mask.gather(1, order),
+            lambda x: x.take_along_dim(order.to(x.device)[:, None, :, None], dim=2),
+        )
+
     def _map(self, mask: Tensor, change: Callable[[Tensor], Tensor]) -> KeyValueCache:
         native = self.native()
         for layer in native.layers:
@@ -57,7 +85,47 @@ class KeyValueCache:
 
 
 def supports_cache(model: PreTrainedModel) -> bool:
-    """Return True when the model keeps nothing of the past but keys and values."""
-    if getattr(model, "_is_stateful", False):
-        return False
-    return bool(getattr(model, "_supports_cache_class", True))
+    """Return True when the model says it keeps nothing of the past but keys and values."""
+    return not getattr(model, "_is_stateful", False)
+
+
+def continuation_error(base: Callable[..., Any], device: torch.device, *, positions: bool) -> float:
+    """Return by how much a pass in three pieces differs from one in one piece; relative.
+
+    Two rows of unlike length, so that padding and positions count too. Whatever the model raises
+    when it is given a cache comes through.
+    """
+    ids = torch.arange(3, 21, device=device).view(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    places = ((mask.cumsum(dim=1) - 1) * mask) if positions else None
+
+    def hidden(first: int, last: int, **options: Any) -> Tensor:
+        if places is not None:
+            options["position_ids"] = places[:, first:last]
+        output = base(
+            input_ids=ids[:, first:last], attention_mask=mask[:, :last], return_dict=True, **options
+        )
+        return output.last_hidden_state.float()
+
+    with torch.no_grad():
+        whole = hidden(0, 9, use_cache=False)
+        cache = KeyValueCache.empty()
+        cuts = ((0, 6), (6, 7), (7, 9))
+        pieces = [hidden(*cut, past_key_values=cache, use_cache=True) for cut in cuts]
+    difference = (torch.cat(pieces, dim=1) - whole)[mask.bool()].abs().max()
+    return float(difference / whole[mask.bool()].abs().max())
+
+
+def _exchange(native: DynamicCache, original: Tensor, edited: Tensor) -> None:
+    for layer in native.layers:
+        if layer.keys is original:
+            layer.keys = edited
+            return
+        if layer.values is original:
+            layer.values = edited
+            return
+    raise CapabilityError(
+        "edited keys and values of this model cannot be kept: what it stores is not what its "
+        "attention kernel reads; edit attn_in or the residual stream, or run without a cache"
+    )

@@ -63,6 +63,8 @@ class Recorder:
     def __init__(self, plan: RunPlan, points: Callable[[Site], Point]) -> None:
         self.plan = plan
         self.activations: dict[Site, Tensor] = {}
+        # Keys and values, past ones included, that edits replaced after the model stored them.
+        self.exchanged: list[tuple[Tensor, Tensor]] = []
         self._fired: set[Carrier] = set()
         self._edits: dict[Carrier, list[tuple[PlannedEdit, View]]] = {}
         self._captures: dict[Carrier, list[tuple[PlannedCapture, View]]] = {}

@@ -155,14 +155,12 @@ def _tapped(
         if isinstance(run, Probe):
             run.see(module, query, key, value, attention_mask, (output, kwargs))
         return output
-    query, key, value = (
-        run.visit(carrier, tensor) if run.wants(carrier) else tensor
-        for carrier, tensor in (
-            (Carrier(module, "query"), query),
-            (Carrier(module, "key"), key),
-            (Carrier(module, "value"), value),
-        )
-    )
+    n_new = query.shape[2]
+    query_at = Carrier(module, "query")
+    if run.wants(query_at):
+        query = run.visit(query_at, query)
+    key = _visit_new(run, Carrier(module, "key"), key, n_new)
+    value = _visit_new(run, Carrier(module, "value"), value, n_new)
     output = kernel(module, query, key, value, attention_mask, *args, **kwargs)
     scores_at, pattern_at = Carrier(module, "scores"), Carrier(module, "pattern")
     if not (run.wants(scores_at) or run.wants(pattern_at)):
@@ -181,6 +179,22 @@ def _tapped(
     if edited is plain and not run.plan.gradients:
         return output
     return _with_pattern(output, plain, edited, value)
+
+
+def _visit_new(
+    run: Recorder, carrier: Carrier, whole: Float[Tensor, "batch kv_head key d"], n_new: int
+) -> Float[Tensor, "batch kv_head key d"]:
+    """Let a run see the keys or values of its own tokens, without those that a cache brought."""
+    if not run.wants(carrier):
+        return whole
+    n_past = whole.shape[2] - n_new
+    given = whole[:, :, n_past:] if n_past else whole
+    seen = run.visit(carrier, given)
+    if seen is given:
+        return whole
+    edited = torch.cat([whole[:, :, :n_past], seen], dim=2) if n_past else seen
+    run.exchanged.append((whole, edited))
+    return edited
 
 
 def attention_scores(
