@@ -12,6 +12,7 @@ import pytest
 from layerscope.cli.app import run
 from layerscope.measures.table import LayersTable
 from layerscope.store import Store
+from support.chat_templates import GEMMA, chat_tokenizer
 from support.tiny_models import tiny, tiny_tokenizer
 
 PROMPTS = "key,prompt,answer\na,One and two and,three\nb,Red and,blue\n"
@@ -130,6 +131,11 @@ def test_interruption_keeps_finished_work_and_goes_on(
         (["{model}", "--prompts", "{tmp}/none.csv"], "does not exist"),
         (["{model}", "--dtype", "float33"], "float32"),
         (["{model}", "--products", "fast"], "use default or checked"),
+        (["{model}", "--format", "caht"], "did you mean 'chat'"),
+        (["{model}", "--format", "chat"], "a chat prompt for a base model (its tokenizer has no"),
+        (["{model}", "--instruct"], "instruct=True needs a chat template"),
+        (["{model}", "--system", "Be brief."], "system belongs to a chat"),
+        (["{model}", "--task", "qaa"], "unknown task 'qaa'; did you mean 'qa'"),
         (["{model}", "{model}"], "named twice"),
         (["{model}", "--lenz", "raw"], "No such option"),
         ([], "Missing argument"),
@@ -150,6 +156,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert says in captured.err
     assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
     assert not list(out.glob("run-*"))
+
+
+def test_an_instruct_model_is_asked_in_its_own_chat(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chatty, out = tmp_path / "tiny-llama-instruct", tmp_path / "out"
+    shutil.copytree(folder, chatty)
+    chat_tokenizer(GEMMA).save_pretrained(chatty)
+    assert layers(folder, chatty, "--prompts", prompts, "--out", out, "--no-html") == 0
+    said = capsys.readouterr().out
+    assert "prompt format: raw (its tokenizer has no chat template)" in said
+    assert "prompt format: chat (it has a chat template and its name says 'instruct')" in said
+    tables = {
+        name: LayersTable.read_parquet(out / "run-latest" / f"output-{name}-layers.parquet")
+        for name in ("tiny-llama", "tiny-llama-instruct")
+    }
+    formats = {name: {info.format for info in table.passes()} for name, table in tables.items()}
+    assert formats == {"tiny-llama": {"raw"}, "tiny-llama-instruct": {"chat"}}
+    record = json.loads((out / "run-latest" / "output-tiny-llama-instruct.json").read_text())
+    hashes = [info.prompt_sha256 for info in tables["tiny-llama-instruct"].passes()]
+    assert {entry["prompt_sha256"] for entry in record["passes"]} == set(hashes)
+    assert record["provenance"]["prompts"]["format"] == "chat"
+    assert layers(chatty, "--base", "--prompts", prompts, "--out", out, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["provenance"]["prompts"]["format_reason"] == "instruct=False was given"
+    assert "prompt format" in (out / "run-latest" / "report.html").read_text("utf-8")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from layerscope.cli.app import build, run
 from layerscope.measures import guidance_rules
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.table import ROW_SCHEMA
+from layerscope.models import templates
 from layerscope.models.identities import STATEMENTS
 from support.shared import REPOSITORY
 from support.tiny_models import tiny, tiny_tokenizer
@@ -97,8 +98,24 @@ def test_the_page_on_models_runs_as_written(
     assert names["hook"].id not in names["module"].get_input_embeddings()._forward_hooks
 
 
+def test_the_page_on_templates_runs_as_written(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_registered", {})
+    names = execute(DOCS / "templates.md")
+    said = capsys.readouterr().out
+    assert "a chat prompt for a base model (its tokenizer has no chat template)" in said
+    assert "Q: big\nA: small\n\nQ: up\nA:" in said
+    assert names["info"].format == "chat" and names["info"].template == "completion/1"
+
+
+def test_every_template_is_listed() -> None:
+    text = (DOCS / "templates.md").read_text("utf-8")
+    assert [row.id for row in templates.templates() if f"| `{row.id}` |" not in text] == []
+
+
 def test_every_block_is_of_a_language_that_is_run() -> None:
-    for name in ("first-look.md", "models.md"):
+    for name in ("first-look.md", "models.md", "templates.md"):
         fences = re.findall(r"^```(\S*)$", (DOCS / name).read_text("utf-8"), re.MULTILINE)
         assert set(fences[::2]) <= {"python", "console"}, name
         assert set(fences[1::2]) <= {""}, name

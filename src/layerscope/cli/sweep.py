@@ -171,7 +171,11 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
         experiment="layers",
         config=planned.config.to_dict(),
         model={"name": planned.model.name, **planned.model.provenance()},
-        prompts=[asdict(entry) for entry in planned.prompts.passes()],
+        prompts=[
+            {**asdict(item.source), "prompt_sha256": item.prompt_sha256}
+            for unit in planned.units
+            for item in unit.passes
+        ],
         out_dir=folder.path,
         reuse_finished=folder.resumed,
     ) as run:

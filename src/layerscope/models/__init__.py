@@ -23,9 +23,11 @@ from layerscope.models.edits import (
 )
 from layerscope.models.identities import IdentityReport
 from layerscope.models.language_model import LanguageModel, load
-from layerscope.models.prompts import Prompt, TokenBatch
+from layerscope.models.prompt import Prompt, render
+from layerscope.models.prompts import TokenBatch
 from layerscope.models.run import Capture, RunResult, Start
 from layerscope.models.sites import Site
+from layerscope.models.templates import TaskTemplate, get_template
 
 __all__ = [
     "Add",
@@ -46,8 +48,11 @@ __all__ = [
     "Scale",
     "Site",
     "Start",
+    "TaskTemplate",
     "TokenBatch",
     "ZeroAblate",
     "align_answer",
+    "get_template",
     "load",
+    "render",
 ]

@@ -120,6 +120,8 @@ def test_bad_prompts_are_refused_before_any_work(model: LanguageModel) -> None:
         ({"lenses": ("raw", "raw")}, "once"),
         ({"norm_choice": "finale"}, "did you mean 'final'"),
         ({"top_k": 4}, "top_k must be at least 5"),
+        ({"format": "caht"}, "did you mean 'chat'"),
+        ({"format": "raw", "system": "Be brief."}, "system belongs to a chat"),
         ({"readout_bytes": 0}, "readout_bytes must be at least 1"),
     ],
 )
