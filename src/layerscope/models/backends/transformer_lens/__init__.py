@@ -1,0 +1,1 @@
+"""TransformerLens: a `HookedTransformer` or `TransformerBridge` that is already built."""

@@ -1,0 +1,283 @@
+"""TransformerLens models: the object itself runs, with torch hooks for the length of a run.
+
+Hooks go on TransformerLens' hook points as plain torch hooks, after those that are there already:
+they see what the object's own hooks leave, and ``reset_hooks`` and they do not know of each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from layerscope.errors import LensError, ModelError
+from layerscope.models.backends.base import Capability, Execution
+from layerscope.models.backends.huggingface.hooks import (
+    Carrier,
+    Point,
+    Recorder,
+    Resume,
+    Stop,
+    current_run,
+    installed,
+    running,
+    stopping_after,
+)
+from layerscope.models.backends.transformer_lens.points import Points
+from layerscope.models.backends.transformer_lens.structure import LensStructure
+from layerscope.models.batches import TokenBatch
+from layerscope.models.run import PlannedCapture, RunPlan
+from layerscope.models.sites import Site
+from layerscope.readout.unembedding import Unembedding
+
+if TYPE_CHECKING:
+    from layerscope.models.backends.base import NormChoice
+
+_PROBE_TOKENS = 8
+_LOGITS = Carrier(nn.Identity(), "output")
+# A bridge keeps the state of a pass in its own modules, so passes of one object take turns.
+_turns: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+class TransformerLensBackend:
+    """Runs one `HookedTransformer` or `TransformerBridge`; nothing of it is copied or rewritten."""
+
+    name = "transformer_lens"
+
+    def __init__(self, structure: LensStructure) -> None:
+        self.model: Any = structure.model
+        self.structure = structure
+        self.info = structure.info
+        # Caches of TransformerLens are filled in place, and count columns, not tokens.
+        self.capabilities = frozenset({Capability.GRADIENTS})
+        self._points = Points(structure, self._probe)
+        self._resume = Resume(structure.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the residual stream begins."""
+        return self.structure.weight().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the residual stream."""
+        return self.structure.weight().dtype
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """The real output head, not a copy."""
+        return self.structure.head()
+
+    def sites(self) -> Sequence[Site]:
+        """Return every site that can be captured, in the order of the forward pass."""
+        return self._points.sites()
+
+    def why_not(self, site: Site) -> str | None:
+        """Return None when the site can be captured, else one line saying why not."""
+        return self._points.why_not(site)
+
+    def why_not_edit(self, site: Site) -> str | None:
+        """Return None when a site that can be captured can be edited too, else one line."""
+        return self._points.why_not_edit(site)
+
+    def trailing(self, site: Site, n_keys: int) -> tuple[int, ...]:
+        """Return the axes of a site's value without those of batch and token positions."""
+        return self._points.trailing(site, n_keys)
+
+    def withdraw(self, kinds: Sequence[str], reason: str) -> None:
+        """Refuse sites of these kinds from now on, and say why."""
+        self._points.withdraw(kinds, reason)
+
+    def self_checks(self, values: Mapping[Site, Tensor]) -> Iterable[tuple[str, float, str]]:
+        """Yield (identity, error, where) for what lies inside the sublayers."""
+        return self._points.checks(values)
+
+    def execute(self, plan: RunPlan) -> Execution:
+        """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
+        if self.model.training:
+            raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
+        latest_z: dict[int, Tensor] = {}
+
+        def point(site: Site) -> Point:
+            if site.kind == "logits":
+                return Point(_LOGITS)
+            return self._points.point(site, latest_z.__getitem__)
+
+        recorder = Recorder(plan, point)
+        planned = [*plan.captures, *plan.edits]
+        by_head = {
+            p.site.layer for p in planned if p.site.kind == "attn.out" and p.site.head is not None
+        }
+        with ExitStack() as stack:
+            stack.enter_context(self._turn())
+            stack.enter_context(torch.set_grad_enabled(plan.gradients))
+            start = plan.start
+            stack.enter_context(
+                self._resume.watching()
+                if start is None
+                else self._resume.at(recorder, start.layer, start.residual)
+            )
+            stack.enter_context(running(recorder))
+            stack.enter_context(_all_installed(recorder, recorder.carriers))
+            for layer in sorted(layer for layer in by_head if layer is not None):
+                stack.enter_context(self._remembering_z(recorder, layer, latest_z))
+            logits = self._forward(plan, recorder)
+        return Execution(recorder.finish(), logits)
+
+    def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """Return the dotted name and the real module that normalises row `row` for a lens.
+
+        Row n_layers always gets the final norm. ``next_norm`` gives row k the input norm of block
+        k, and the final norm where blocks read the stream without one.
+
+        Raises:
+            LensError: the row does not exist, or the choice is neither of the two.
+        """
+        n_layers = self.info.n_layers
+        if choice not in ("final", "next_norm"):
+            raise LensError(f"norm choice '{choice}' is unknown; use 'final' or 'next_norm'")
+        if not 0 <= row <= n_layers:
+            raise LensError(f"row {row} does not exist: this model has rows 0 to {n_layers}")
+        norm = self.structure.final_norm
+        if choice == "next_norm" and row < n_layers:
+            norm = self.structure.input_norms[row] or norm
+
+        def normalise(residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+            weight = next(norm.module.parameters(), self.structure.weight())
+            return norm.module(residual.to(weight.device, weight.dtype))
+
+        return norm.name, normalise
+
+    def expected_embedding(
+        self, ids: Int[Tensor, "batch pos"], position_ids: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what block 0 should read for these ids, from the weights alone."""
+        return self.structure.embedding(ids, position_ids)
+
+    def _forward(self, plan: RunPlan, recorder: Recorder) -> Tensor | None:
+        batch, unembed = plan.batch, self.structure.unembed
+        last = None if plan.stop_after is None else self.structure.blocks[plan.stop_after]
+        logits = None
+        with (
+            stopping_after(recorder, last),
+            _unembedding(recorder, unembed, plan.logits),
+        ):
+            logits = self.model(
+                batch.ids.to(self.device),
+                return_type="logits",
+                attention_mask=batch.attention_mask.to(self.device, torch.long),
+            )
+        if logits is not None and recorder.wants(_LOGITS):
+            logits = recorder.visit(_LOGITS, logits)
+        return logits
+
+    def _probe(self, carriers: Mapping[Site, Carrier]) -> Mapping[Site, Tensor]:
+        """Run a few tokens and return what the carriers held that the pass reached."""
+        known = min(self.info.n_embeddings, self.info.d_vocab)
+        n_tokens = min(_PROBE_TOKENS, self.info.n_ctx or _PROBE_TOKENS)
+        batch = TokenBatch.from_ids([[index % known for index in range(n_tokens)]])
+        captures = tuple(PlannedCapture(site, None, None, None) for site in carriers)
+        plan = RunPlan(batch, captures, logits=None)
+        recorder = Recorder(plan, lambda site: Point(carriers[site]))
+        with (
+            self._turn(),
+            torch.no_grad(),
+            running(recorder),
+            _all_installed(recorder, recorder.carriers),
+        ):
+            self._forward(plan, recorder)
+        return recorder.activations
+
+    @contextmanager
+    def _turn(self) -> Generator[None]:
+        """Wait until no other thread runs this object; a run within a run goes on."""
+        with _turns_lock:
+            turn = _turns.setdefault(self.model, threading.RLock())
+        with turn:
+            yield
+
+    @contextmanager
+    def _remembering_z(
+        self, recorder: Recorder, layer: int, latest: dict[int, Tensor]
+    ) -> Generator[None]:
+        """Keep what the output projection of a block reads, after the edits of this run."""
+        point = self._points.point(Site("attn.z", layer), latest.__getitem__)
+        n_heads = self.info.n_heads
+
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if current_run() is recorder:
+                latest[layer] = output if output.ndim == 4 else output.unflatten(-1, (n_heads, -1))
+
+        handle = point.carrier.module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _all_installed(recorder: Recorder, carriers: Iterable[Carrier]) -> Generator[None]:
+    """Keep hooks on the carriers' modules; "query" stands for what attention reads."""
+    carriers = list(carriers)
+    handles: list[Any] = []
+    try:
+        for carrier in carriers:
+            if carrier.side == "query":
+                hook = _attention_hook(recorder, carrier)
+                handles.append(carrier.module.register_forward_pre_hook(hook, with_kwargs=True))
+        with installed(recorder, carriers):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
+    """Return a hook for attention that gets its input thrice, for queries, keys and values."""
+
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Without kwargs: torch calls so when another thread's run has just removed its hooks.
+        if current_run() is not recorder or kwargs is None:
+            return None
+        value = kwargs["query_input"]
+        edited = recorder.visit(carrier, value)
+        if edited is value:
+            return None
+        names = ("query_input", "key_input", "value_input")
+        return args, {**kwargs, **dict.fromkeys(names, edited)}
+
+    return hook
+
+
+@contextmanager
+def _unembedding(recorder: Recorder, unembed: nn.Module, logits: Any) -> Generator[None]:
+    """Let only the asked-for positions be unembedded, or none; after the hooks that are there."""
+    if isinstance(logits, str):
+        yield
+        return
+
+    def choose(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if current_run() is not recorder:
+            return None
+        if logits is None:
+            raise Stop
+        hidden: Tensor = args[0]
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return (hidden[rows[:, None], logits.to(hidden.device)], *args[1:])
+
+    handle = unembed.register_forward_pre_hook(choose)
+    try:
+        yield
+    except Stop:
+        pass
+    finally:
+        handle.remove()
