@@ -182,6 +182,11 @@ def test_an_instruct_model_is_asked_in_its_own_chat(
     answer = json.loads(capsys.readouterr().out)
     assert answer["provenance"]["prompts"]["format_reason"] == "instruct=False was given"
     assert "prompt format" in (out / "run-latest" / "report.html").read_text("utf-8")
+    assert layers(chatty, "--format", "raw", "--prompts", prompts, "--out", out, "--no-html") == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("note: raw text for an instruct model")
+    assert captured.err.count("\n") == 1
+    assert "prompt format: raw (format='raw' was asked for)" in captured.out
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

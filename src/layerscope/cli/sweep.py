@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -153,7 +154,8 @@ def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: Swee
     """Load one model and check every prompt against it; nothing is written."""
     from rich.markup import escape
 
-    with console(stderr=True).status(f"loading {escape(model)}"):
+    screen = console(stderr=True)
+    with screen.status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as notes:
         loaded = load(
             model,
             device=options.device,
@@ -162,7 +164,10 @@ def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: Swee
             trust_remote_code=options.trust_remote_code,
             instruct=options.instruct,
         )
-        return plan(loaded, prompts, config)
+        planned = plan(loaded, prompts, config)
+    for note in notes:  # a line each, without the place in our code
+        screen.print(f"note: {note.message}", markup=False, highlight=False, soft_wrap=True)
+    return planned
 
 
 def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOutcome:
