@@ -11,7 +11,7 @@ import argparse
 import importlib
 import os
 
-BENCHMARKS = ("readout", "capture", "lens", "layers")
+BENCHMARKS = ("readout", "capture", "lens", "layers", "load")
 
 
 def main() -> None:

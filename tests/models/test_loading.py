@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaModel,
@@ -18,9 +22,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import layerscope
 from layerscope.errors import ConfigError, ModelError
-from layerscope.models.backends.huggingface import files, fingerprints
+from layerscope.models import Add, Start
+from layerscope.models.backends.huggingface import files, fingerprints, loading, placing, reading
+from layerscope.models.backends.huggingface import weights as weights_module
 from layerscope.models.backends.huggingface.loading import load_pretrained
+from layerscope.models.backends.huggingface.placing import Request, decide
+from layerscope.models.backends.huggingface.weights import DTYPES, Unread, read_headers
+from layerscope.models.devices import Device, parse_dtype
+from layerscope.models.memory import Sizes
 from support.shared import shared_path
 from support.tiny_models import tiny, tiny_tokenizer
 
@@ -414,3 +425,276 @@ def test_real_models_load(name: str) -> None:
     digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     assert loaded.weights_hash == digest
     assert loaded.provenance()["n_unused_weights"] == 0
+
+
+class TestPlacement:
+    """Devices and their free memory are made up; the weights are real."""
+
+    def here(self, monkeypatch: pytest.MonkeyPatch, *devices: Device) -> None:
+        monkeypatch.setattr(loading, "present", lambda: devices)
+
+    def cpu(self, free: int) -> Device:
+        return Device("cpu", 2**40, free, torch.float32)
+
+    def test_too_little_memory_is_refused_before_anything_is_read(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.here(monkeypatch, self.cpu(100 * 2**20))
+        monkeypatch.setattr(loading, "read", None)
+        message = refusal(saved)
+        needed = re.search(
+            r"needs ([\d.]+) MiB in bfloat16 on cpu, where 100 MiB are free", message
+        )
+        assert needed is not None
+        assert f"{float(needed[1]) - 100:.0f} MiB are missing" in message
+        assert "nothing here holds it" in message
+
+    def test_what_would_fit_is_named(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.here(
+            monkeypatch,
+            Device("cuda:0", 2**40, 2**40, torch.bfloat16, "made up"),
+            self.cpu(100 * 2**20),
+        )
+        assert "what would fit: dtype 'float32' on cuda:0" in refusal(saved)
+
+    def test_bfloat16_where_only_that_fits(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = Sizes("m", "files", 10**9, 10**9, n_layers=3, d_model=32, d_vocab=384)
+        monkeypatch.setattr(loading, "read_sizes", lambda *_, **__: sizes)
+        self.here(monkeypatch, self.cpu(3 * 2**30))
+        provenance = load_pretrained(saved).provenance()
+        assert provenance["dtype"] == "bfloat16"
+        assert "float32 does not fit" in provenance["dtype_reason"]
+        first, last = provenance["load_attempts"]
+        assert (first["dtype"], first["outcome"]) == ("float32", "skipped")
+        assert (last["dtype"], last["outcome"]) == ("bfloat16", "loaded")
+
+    def test_memory_that_runs_out_leads_to_the_next_placement(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        card = Device("cuda:0", 2**40, 2**40, torch.bfloat16)
+        self.here(monkeypatch, card, self.cpu(2**40))
+        once = reading._read_once
+
+        def crowded(source: Any, candidate: Any, request: Any) -> Any:
+            if candidate.where == "cuda:0":
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return once(source, candidate, request)
+
+        monkeypatch.setattr(reading, "_read_once", crowded)
+        loaded = load_pretrained(saved, device="auto")
+        assert (loaded.device.type, loaded.dtype) == ("cpu", torch.float32)
+        provenance = json.loads(json.dumps(loaded.provenance()))
+        assert provenance["placement"] == "cpu"
+        assert provenance["load_attempts"] == [
+            {
+                "device": "cuda:0",
+                "dtype": "bfloat16",
+                "outcome": "failed",
+                "reason": "memory ran out while loading",
+            },
+            {
+                "device": "cpu",
+                "dtype": "float32",
+                "outcome": "loaded",
+                "reason": "policy: float32 on CPU",
+            },
+        ]
+
+    def test_memory_that_runs_out_everywhere(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def crowded(*_: Any) -> Any:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(reading, "_read_once", crowded)
+        message = refusal(saved)
+        assert "memory ran out" in message and "layerscope fit" in message
+
+    def test_provenance_holds_no_measurement(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = load_pretrained(saved, device="cpu").provenance()
+        self.here(monkeypatch, self.cpu(2**39))
+        assert load_pretrained(saved, device="cpu").provenance() == first
+
+
+class TestDeviceMap:
+    def cards(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    def test_one_device_needs_no_accelerate(self, saved: Path) -> None:
+        for device_map in ({"": "cpu"}, {"model": "cpu", "lm_head": torch.device("cpu")}, "cpu"):
+            loaded = load_pretrained(saved, device_map=device_map)
+            assert loaded.provenance()["placement"] == "cpu"
+            assert loaded.provenance()["device_map"] is None
+        assert load_pretrained(saved, device_map="auto").device.type == "cpu"
+
+    @pytest.mark.parametrize("device_map", ["auto", {"model": 0, "lm_head": "cuda:1"}])
+    def test_several_cards_need_accelerate(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch, device_map: Any
+    ) -> None:
+        self.cards(monkeypatch, 2)
+        monkeypatch.setattr(placing, "missing", list)
+        with pytest.raises(ModelError, match="pip install accelerate"):
+            load_pretrained(saved, device_map=device_map)
+
+    def test_the_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cards(monkeypatch, 2)
+        monkeypatch.setattr(placing, "missing", lambda _: [])
+        assert Request.of(None, None, "auto") == Request(("cuda:0", "cuda:1"), None, "auto")
+        given = {"model": 1, "lm_head": "cuda"}
+        assert Request.of(None, "bf16", given) == Request(
+            ("cuda:0", "cuda:1"), torch.bfloat16, {"model": "cuda:1", "lm_head": "cuda:0"}
+        )
+
+    def test_all_cards_of_a_map_are_one_placement(self) -> None:
+        cards = [Device(f"cuda:{index}", 2**40, 2**36, torch.bfloat16) for index in (0, 1)]
+        sizes = Sizes("m", "files", 10**9, 10**9, n_layers=3, d_model=32, d_vocab=384)
+        request = Request(("cuda:0", "cuda:1"), None, "auto")
+        (only,) = decide(sizes, request, cards).tried
+        assert only.where == "cuda:0+cuda:1"
+
+    @pytest.mark.parametrize("where", ["disk", "cpu"])
+    def test_offloading_is_refused(
+        self, saved: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        self.cards(monkeypatch, 1)
+        with pytest.raises(ModelError, match="lenses cannot read"):
+            load_pretrained(saved, device_map={"model": 0, "lm_head": where})
+
+    def test_mistakes(self, saved: Path) -> None:
+        with pytest.raises(ConfigError, match="not both"):
+            load_pretrained(saved, device="cpu", device_map="auto")
+        with pytest.raises(ConfigError, match="empty"):
+            load_pretrained(saved, device_map={})
+        with pytest.raises(ConfigError, match="unknown device"):
+            load_pretrained(saved, device_map="fast")
+        model = tiny("llama")
+        with pytest.raises(ModelError, match="already built"):
+            load_pretrained(model, tokenizer=tiny_tokenizer(), device_map="auto")
+
+    def test_hooks_work_under_those_of_accelerate(self) -> None:
+        accelerate = pytest.importorskip("accelerate", reason="needs: pip install accelerate")
+        plain = layerscope.load(tiny("llama"), tokenizer=tiny_tokenizer())
+        model: Any = tiny("llama")
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        moved = layerscope.load(model, tokenizer=tiny_tokenizer())
+        edit = Add("resid_post.0", torch.ones(32))
+        expected = plain.run("One two three", capture="resid_post.*", edits=[edit])
+        found = moved.run("One two three", capture="resid_post.*", edits=[edit])
+        assert torch.equal(found.logits, expected.logits)
+        start = Start(1, expected["resid_post.0"])
+        again = moved.run("One two three", start=start, logits="last")
+        torch.testing.assert_close(again.logits[:, 0], expected.logits[:, -1])
+
+
+class TestOtherFormats:
+    def test_mlx(self, folder: Path) -> None:
+        packing = {"group_size": 64, "bits": 4}
+        config = json.loads((folder / "config.json").read_text())
+        both = {"quantization": packing, "quantization_config": packing}
+        (folder / "config.json").write_text(json.dumps(config | both))
+        assert "backend='mlx'" in refusal(folder)
+
+    def test_gguf(self, folder: Path) -> None:
+        weights(folder).unlink()
+        (folder / "tiny-q4.gguf").write_bytes(b"GGUF")
+        for source in (folder, folder / "tiny-q4.gguf"):
+            message = refusal(source)
+            assert "GGUF" in message and "gguf_file='tiny-q4.gguf'" in message
+
+
+class TestReading:
+    """Weights are read to their dtype and device a piece at a time."""
+
+    @pytest.mark.parametrize(
+        "family", ["llama", "llama_tied", "gpt2", "gpt_neox", "gemma2", "phi3"]
+    )
+    @pytest.mark.parametrize(("stored", "wanted"), [("bfloat16", "float32"), ("float32", "bf16")])
+    def test_the_values_are_those_that_transformers_loads(
+        self, tmp_path: Path, family: str, stored: str, wanted: str
+    ) -> None:
+        tiny(family, dtype=getattr(torch, stored)).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        dtype = parse_dtype(wanted)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+        loaded = load_pretrained(tmp_path, device="cpu", dtype=wanted)
+        ours = loaded.model.state_dict()
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert {tensor.dtype for tensor in ours.values()} == {dtype}
+        assert loaded.model.config.name_or_path == str(tmp_path)
+        pointers = [tensor.data_ptr() % 4 for tensor in ours.values()]
+        assert not any(pointers)
+
+    def test_experts_are_merged(self, tmp_path: Path) -> None:
+        config = AutoConfig.for_model(
+            "mixtral",
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+        ours = load_pretrained(tmp_path, device="cpu", dtype="bf16").model.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    def test_the_generation_config_comes_along(self, folder: Path) -> None:
+        content = {"eos_token_id": [2, 7], "max_new_tokens": 12}
+        (folder / "generation_config.json").write_text(json.dumps(content))
+        for dtype in ("float32", "bfloat16"):
+            model: Any = load_pretrained(folder, device="cpu", dtype=dtype).model
+            assert model.generation_config.eos_token_id == [2, 7]
+
+    @pytest.mark.parametrize("kind", list(DTYPES))
+    def test_pieces_are_put_together(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        monkeypatch.setattr(weights_module, "_BUFFER_BYTES", 64)
+        values = torch.arange(7 * 31).remainder(2).view(7, 31).to(DTYPES[kind])
+        save_file({"a": values, "b": values[0, 0].clone()}, tmp_path / "x.safetensors")
+        entries = read_headers([tmp_path / "x.safetensors"])
+        assert entries["a"].kind == kind and entries["a"].numel == 7 * 31
+        for name, expected in (("a", values), ("b", values[0, 0])):
+            for dtype in (values.dtype, torch.float32, torch.float64):
+                found = Unread(entries[name])[...].to(device="cpu", dtype=dtype)
+                assert torch.equal(found, expected.to(dtype)) and found.dtype == dtype
+
+    def test_a_file_that_shrinks_is_noticed(self, tmp_path: Path) -> None:
+        file = tmp_path / "x.safetensors"
+        save_file({"a": torch.ones(100)}, file)
+        entry = read_headers([file])["a"]
+        file.write_bytes(file.read_bytes()[:-8])
+        with pytest.raises(EOFError):
+            Unread(entry).to(dtype=torch.float32)
+
+    def test_a_device_replaces_the_one_asked_for(self, tmp_path: Path) -> None:
+        save_file({"a": torch.ones(100)}, tmp_path / "x.safetensors")
+        entry = read_headers([tmp_path / "x.safetensors"])["a"]
+        found = Unread(entry, torch.device("meta")).to("cpu", torch.bfloat16)
+        assert found.device.type == "meta"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+    @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+    def test_the_peak_is_the_weights(self, tmp_path: Path, wanted: str) -> None:
+        from benchmarks.bench_load import measure
+
+        # 38 million weights stored in bfloat16: 77 MB, or 154 MB in float32.
+        sizes = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 2048}
+        shape = {**sizes, "num_hidden_layers": 8, "num_attention_heads": 8}
+        config = AutoConfig.for_model("llama", **shape)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        found = measure(tmp_path, wanted)
+        assert found["weights"] > 70e6
+        # Coarse: benchmarks/results/load.json has the figures of a model three times as large.
+        assert found["resident"] < 1.15 * found["weights"]

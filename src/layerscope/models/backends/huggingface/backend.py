@@ -30,6 +30,7 @@ from layerscope.models.backends.huggingface.hooks import (
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
 from layerscope.models.backends.huggingface.points import Points
+from layerscope.models.backends.huggingface.quantised import capabilities_lost
 from layerscope.models.backends.huggingface.structure import Named, Structure, is_listed
 from layerscope.models.identities import bound_of
 from layerscope.models.sites import Site
@@ -56,7 +57,7 @@ class HuggingFaceBackend:
         self.info = _info(model, structure)
         self.capabilities = frozenset(
             {Capability.GRADIENTS, *({Capability.CACHE} if supports_cache(model) else ())}
-        )
+        ).difference(capabilities_lost(model))
         self._points = Points(structure, self.info, self._probe_kernels)
         self._resume = Resume([block.whole.module for block in structure.blocks])
         accepted = inspect.signature(structure.base.forward).parameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,8 @@ def find_folder(source: str | Path, *, revision: str | None, custom_code: bool) 
             raise ModelError(f"{text} is a local folder: revision={revision!r} is for hub ids only")
         return ModelFolder(path, path.resolve().name, text, "folder", None)
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise ModelError(_gguf(text, path.name))
         raise ModelError(f"{text} is a file: give the folder that holds it")
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text[0] in "./":
         raise ModelError(f"there is no folder {text}: check the path")
@@ -85,6 +88,35 @@ def check_folder(folder: ModelFolder) -> None:
         if not file.is_file():
             raise ModelError(f"{folder.source} lacks {file.name}, named in {INDEX_FILE}: get it")
         check_safetensors(file)
+
+
+def refuse_other_formats(folder: ModelFolder) -> None:
+    """Recognise the folders of other systems, whose weights transformers would misread or miss.
+
+    Raises:
+        ModelError: MLX-quantised or GGUF weights; says what opens them.
+    """
+    try:
+        config: Any = json.loads((folder.path / CONFIG_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if isinstance(config, dict) and is_mlx_quantised(cast(dict[str, Any], config)):
+        raise ModelError(
+            f"{folder.source} holds weights that MLX quantised: load it with backend='mlx', or get "
+            "the model that it was made from"
+        )
+    ggufs = sorted(file.name for file in folder.path.glob("*.gguf"))
+    if ggufs and not folder.weight_files:
+        raise ModelError(_gguf(folder.source, ggufs[0]))
+
+
+def is_mlx_quantised(config: Mapping[str, Any]) -> bool:
+    """Say whether a config.json describes weights in MLX's own packing."""
+    for key in ("quantization", "quantization_config"):
+        found = config.get(key)
+        if isinstance(found, Mapping) and "quant_method" not in found:
+            return "group_size" in found and "bits" in found
+    return False
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -189,6 +221,14 @@ def _no_weights(folder: ModelFolder) -> str:
     if (folder.path / "adapter_config.json").is_file():
         return f"{folder.source} holds only an adapter: merge it into its base model and save that"
     return f"{folder.source} has no weights: it needs {WEIGHTS_FILE} or {INDEX_FILE} with its parts"
+
+
+def _gguf(source: str, name: str) -> str:
+    return (
+        f"{source} is in GGUF, which is not read: get the model's safetensors, or convert it (pip "
+        f"install gguf accelerate) with AutoModelForCausalLM.from_pretrained(folder, "
+        f"gguf_file={name!r}).save_pretrained(...), its tokenizer likewise"
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,13 +26,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from layerscope.errors import ModelError
+from layerscope.errors import CapabilityError, ModelError
 from layerscope.models.backends.huggingface.files import (
     ModelFolder,
     check_folder,
     find_folder,
     has_tokenizer,
     one_line,
+    refuse_other_formats,
 )
 from layerscope.models.backends.huggingface.fingerprints import (
     hash_files,
@@ -41,7 +41,19 @@ from layerscope.models.backends.huggingface.fingerprints import (
     hash_weights,
     versions,
 )
-from layerscope.models.devices import DeviceLike, DtypeLike, Placement, dtype_name, place
+from layerscope.models.backends.huggingface.placing import DeviceMap, Request, decide
+from layerscope.models.backends.huggingface.quantised import (
+    Scheme,
+    disallows,
+    require_packages,
+    require_plain_ends,
+    scheme_of,
+    scheme_of_model,
+)
+from layerscope.models.backends.huggingface.reading import Source, read
+from layerscope.models.backends.huggingface.sizes import read_sizes
+from layerscope.models.backends.huggingface.weights import read_headers
+from layerscope.models.devices import DeviceLike, DtypeLike, dtype_name, place, present
 
 _NEEDS_CAUSAL = "layerscope reads causal (decoder-only) models: load one with AutoModelForCausalLM"
 
@@ -74,8 +86,17 @@ class LoadedModel:
 
     @property
     def weights_hash(self) -> str:
-        """The sha256 of the safetensors files; for a model built in memory, of its weights now."""
-        return hash_files(self.weight_files) if self.weight_files else hash_weights(self.model)
+        """The sha256 of the safetensors files; for a model built in memory, of its weights now.
+
+        Raises:
+            CapabilityError: it was built in memory, and kernels have repacked its weights.
+        """
+        if self.weight_files:
+            return hash_files(self.weight_files)
+        reason = disallows(scheme_of_model(self.model), "memory_hash")
+        if reason is not None:
+            raise CapabilityError(reason)
+        return hash_weights(self.model)
 
     @property
     def tokenizer_hash(self) -> str:
@@ -106,6 +127,7 @@ def load_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: DeviceLike | None = None,
     dtype: DtypeLike | None = None,
+    device_map: DeviceMap | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     verbose: bool = False,
@@ -117,41 +139,30 @@ def load_pretrained(
             without asking the network for a newer one. A given model is put in eval mode, and
             moved or cast (in place) only if `device` or `dtype` ask for it.
         tokenizer: replaces the folder's own; required with a model that is already built.
-        device: ``cpu``, ``cuda``, ``mps`` or ``auto`` (default: the first present accelerator).
+        device: ``cpu``, ``cuda``, ``mps`` or ``auto`` (default): the first accelerator with room,
+            several CUDA devices together, or the CPU; every attempt is in the provenance.
         dtype: e.g. ``bf16``; default: float32 on CPU, bfloat16 on accelerators that have it.
+        device_map: ``auto`` or devices by module, to split a model over several CUDA devices.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
         verbose: let transformers log and show its progress.
 
     Raises:
-        ModelError: the model or tokenizer is missing, damaged, not causal, or they do not fit.
+        ModelError: the model or tokenizer is missing, damaged, not causal, or they do not fit; what
+            a quantised model needs is not installed; there is not enough memory (before anything
+            is loaded; says how much is missing and what would fit).
         ConfigError: the device or dtype is unknown or absent.
     """
     if isinstance(source, str | Path):
-        placement = place(device, dtype)
+        request = Request.of(device, dtype, device_map)
         folder = find_folder(source, revision=revision, custom_code=trust_remote_code)
-        check_folder(folder)
         with _quiet(verbose):
-            config = _load_config(folder, trust_remote_code)
-            chosen = tokenizer
-            if chosen is None:
-                chosen = _load_tokenizer(folder, trust_remote_code)
-            check_sizes(chosen, _config_vocab_size(config), folder.source)
-            model, notes = _load_weights(folder, config, placement, trust_remote_code)
-        loaded = LoadedModel(
-            model,
-            chosen,
-            folder.name,
-            folder.source,
-            folder.kind,
-            folder.revision,
-            placement.reason,
-            folder.weight_files,
-            notes,
-        )
+            loaded = _load_folder(folder, request, tokenizer, trust_remote_code)
     else:
         if revision is not None:
             raise ModelError("revision is for hub ids, and this model is already built")
+        if device_map is not None:
+            raise ModelError("device_map is for loading, and this model is already built")
         loaded = _take(source, tokenizer, device, dtype)
     loaded.model.eval()
     d_vocab = _embedding_weight(loaded.model).shape[0]
@@ -206,6 +217,74 @@ def check_causal(config: PreTrainedConfig, source: str, *, custom_code: bool = F
         raise ModelError(f"{source} is {what} (type {kind!r}); {_NEEDS_CAUSAL}")
 
 
+def read_config(folder: ModelFolder, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Read the configuration of a causal language model.
+
+    Raises:
+        ModelError: it is damaged, of an unknown type, or not that of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+    # Configurations fail in many ways (JSON, unknown type, validation): all mean the same here.
+    except Exception as error:
+        raise ModelError(_config_message(folder, error)) from error
+    custom = trust_remote_code and bool(getattr(config, "auto_map", None))
+    check_causal(config, folder.source, custom_code=custom)
+    return config
+
+
+def _load_folder(
+    folder: ModelFolder,
+    request: Request,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> LoadedModel:
+    """Check everything that can be checked without weights, decide where they go, read them."""
+    refuse_other_formats(folder)
+    check_folder(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(folder, trust_remote_code)
+    check_sizes(tokenizer, _config_vocab_size(config), folder.source)
+    scheme = scheme_of(config)
+    if scheme is not None:
+        require_packages(scheme, folder.source)
+    entries = read_headers(folder.weight_files)
+    custom = trust_remote_code and bool(getattr(config, "auto_map", None))
+    sizes = read_sizes(folder.source, config, entries, custom_code=custom)
+    decision = decide(sizes, request, present())
+    read_from = Source(folder, config, entries, scheme, trust_remote_code)
+    outcome = read(read_from, decision, request)
+    placed: Any = getattr(outcome.model, "hf_device_map", None)
+    spread = placed if len(outcome.chosen.devices) > 1 else None
+    notes: dict[str, Any] = {
+        "placement": outcome.chosen.where,
+        "device_map": None if spread is None else {name: str(at) for name, at in spread.items()},
+        "load_attempts": list(outcome.attempts),
+        "quantisation": _quantisation(scheme, scheme_of_model(outcome.model)),
+        "unused_weights": list(outcome.unused[:20]),
+        "n_unused_weights": len(outcome.unused),
+    }
+    return LoadedModel(
+        outcome.model,
+        tokenizer,
+        folder.name,
+        folder.source,
+        folder.kind,
+        folder.revision,
+        outcome.chosen.reason,
+        folder.weight_files,
+        notes,
+    )
+
+
+def _quantisation(stored: Scheme | None, packed: Scheme | None) -> dict[str, Any] | None:
+    """Say how the files are quantised, and whether the weights are still packed in memory."""
+    if stored is None:
+        return None
+    return {**stored.to_dict(), "unpacked": packed is None}
+
+
 def _take(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -224,29 +303,30 @@ def _take(
     if model.get_output_embeddings() is None:
         raise ModelError(f"{type(model).__name__} has no unembedding; {_NEEDS_CAUSAL}")
     reason = "as given"
+    scheme = scheme_of_model(model)
+    if scheme is not None:
+        require_plain_ends(model, source)
+        moved = device is not None and place(device, model.dtype).device != model.device
+        for asked, what in ((dtype is not None, "cast"), (moved, "move")):
+            refused = disallows(scheme, what)
+            if asked and refused is not None:
+                raise CapabilityError(refused)
     if device is not None or dtype is not None:
         placement = place(
             model.device if device is None else device, model.dtype if dtype is None else dtype
         )
-        model.to(device=placement.device, dtype=placement.dtype)  # pyright: ignore[reportCallIssue]
+        if dtype is None:
+            model.to(placement.device)  # pyright: ignore[reportArgumentType]
+        else:
+            model.to(device=placement.device, dtype=placement.dtype)  # pyright: ignore[reportCallIssue]
         reason = placement.reason if dtype is not None else "as given"
     name = source.rstrip("/").rsplit("/", 1)[-1]
-    return LoadedModel(model, tokenizer, name, source, "memory", None, reason)
+    notes = {"quantisation": _quantisation(scheme, scheme)}
+    return LoadedModel(model, tokenizer, name, source, "memory", None, reason, notes=notes)
 
 
 def _embedding_weight(model: PreTrainedModel) -> torch.Tensor:
     return cast(torch.Tensor, model.get_input_embeddings().weight)
-
-
-def _load_config(folder: ModelFolder, trust_remote_code: bool) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    # Configurations fail in many ways (JSON, unknown type, validation): all mean the same here.
-    except Exception as error:
-        raise ModelError(_config_message(folder, error)) from error
-    custom = trust_remote_code and bool(getattr(config, "auto_map", None))
-    check_causal(config, folder.source, custom_code=custom)
-    return config
 
 
 def _config_message(folder: ModelFolder, error: Exception) -> str:
@@ -291,52 +371,6 @@ def _load_tokenizer(folder: ModelFolder, trust_remote_code: bool) -> PreTrainedT
             "pass tokenizer=..."
         ) from error
     return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def _load_weights(
-    folder: ModelFolder, config: PreTrainedConfig, placement: Placement, trust_remote_code: bool
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Read the weights straight into the placement's dtype, and refuse any that were made up."""
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            config=config,
-            dtype=placement.dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            # Collected below, with names and shapes, instead of an error that has neither.
-            ignore_mismatched_sizes=True,
-        )
-        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-        _check_loading_info(info, folder.source)
-        model.to(placement.device)  # pyright: ignore[reportArgumentType]
-    except ModelError:
-        raise
-    # Loading fails in many ways (damaged files, memory, missing packages, model code).
-    except Exception as error:
-        raise ModelError(f"cannot load {folder.source}: {one_line(error)}") from error
-    unexpected = sorted(info.get("unexpected_keys") or ())
-    return model, {"unused_weights": unexpected[:20], "n_unused_weights": len(unexpected)}
-
-
-def _check_loading_info(info: dict[str, Any], source: str) -> None:
-    mismatched: list[Any] = sorted(info.get("mismatched_keys") or [], key=str)
-    if mismatched:
-        name, found, needed = mismatched[0]
-        raise ModelError(
-            f"{source}: {len(mismatched)} weights do not fit config.json, first {name} with shape "
-            f"{list(found)} where {list(needed)} is needed"
-        )
-    missing = sorted(info.get("missing_keys") or ())
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(
-            f"{source} lacks {len(missing)} weights that its config.json needs ({shown}): "
-            "transformers would fill them with random numbers"
-        )
-    if info.get("error_msgs"):
-        raise ModelError(f"{source}: {info['error_msgs'][0]}")
 
 
 @contextmanager
