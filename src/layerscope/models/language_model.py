@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from layerscope.models.backends.huggingface.loading import LoadedModel
+    from layerscope.models.backends.mlx.loading import LoadedMlx
 
     Source: TypeAlias = str | Path | PreTrainedModel
 
-_BACKENDS = ("huggingface",)
+_BACKENDS = ("huggingface", "mlx")
 
 
 def load(
@@ -58,7 +59,7 @@ def load(
         source: Hugging Face id, local folder, or a `PreTrainedModel` that is already built (then
             give its tokenizer; it is put in eval mode, and moved only where `device` says so).
         tokenizer: replaces the one that comes with the model.
-        backend: "huggingface".
+        backend: "huggingface", or "mlx" (a folder or hub id; needs the extra of that name).
         device: "cpu", "cuda", "cuda:1", "mps" or "auto".
         dtype: "float32", "bfloat16", ...; by default float32 on a CPU, bfloat16 on CUDA.
         revision: branch, tag or commit on the hub.
@@ -77,6 +78,20 @@ def load(
             f"unknown backend '{backend}'{nearest(backend, _BACKENDS)}; available: "
             f"{', '.join(_BACKENDS)}"
         )
+    if backend == "mlx":
+        from layerscope.models.backends.mlx import open_model
+
+        opened, native, report = open_model(
+            source,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+        )
+        tuning = find_tuning(native.tokenizer, native.source, instruct=instruct)
+        return LanguageModel(opened, native, report, tuning=tuning)
     from layerscope.models.backends.huggingface.loading import load_pretrained
 
     loaded = load_pretrained(
@@ -140,7 +155,7 @@ class LanguageModel:
     def __init__(
         self,
         backend: Backend,
-        loaded: LoadedModel,
+        loaded: LoadedModel | LoadedMlx,
         report: IdentityReport | None = None,
         *,
         tuning: Tuning,
