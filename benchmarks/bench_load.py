@@ -33,7 +33,7 @@ CASES = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float32"
 CONTENDERS = ("layerscope", "transformers")
 
 
-def main(*, rounds: int = 3) -> Report:
+def main(*, rounds: int = 2) -> Report:
     report = Report("load")
     for stored, wanted in CASES:
         folder = llama_12x768() if stored == "float32" else _half()

@@ -166,9 +166,9 @@ def _activations(sizes: Sizes, form: Format, workload: Workload) -> int | None:
         return None
     size, tokens = form.dtype.itemsize, workload.batch * workload.positions
     kept = (sizes.n_layers + 1) * sizes.d_model
-    # In a block: the stream and its norm in float32, queries, keys, values, attention's output; or
-    # gate, up and their product.
-    block = 2 * 4 * sizes.d_model + size * (4 * sizes.d_model + 3 * (sizes.d_mlp or 0))
+    # At the worst moment of a block: stream and norm in float32; queries, keys and values, rotated
+    # and not, and attention's output; gate, activation, up and product.
+    block = 2 * 4 * sizes.d_model + size * (10 * sizes.d_model + 4 * (sizes.d_mlp or 0))
     scores = 0
     if sizes.eager:
         scores = (sizes.n_heads or 0) * workload.batch * workload.positions**2 * (4 + size)
