@@ -9,7 +9,7 @@ import torch
 
 import layerscope
 from layerscope.errors import IdentityError, ModelError
-from layerscope.models import identities
+from layerscope.models import Site, identities
 from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
 from layerscope.models.backends.huggingface.families import FAMILIES as TABLE
 from layerscope.models.backends.huggingface.structure import bind
@@ -26,9 +26,9 @@ def test_every_identity_holds(family):
     names = {identity.name for identity in report.identities}
     assert report.passed and model.identities.passed
     assert all(identity.error <= 1e-5 for identity in report.identities)
-    parallel = family in ("gpt_neox", "cohere", "phi", "gptj")
+    parallel = model.backend.why_not(Site("resid_mid", 0)) is not None
     assert (SEQUENTIAL - {"attention_sum"} if parallel else SEQUENTIAL) <= names
-    assert ("next_norm" in names) == (family != "olmo2")
+    assert ("next_norm" in names) == (model.architecture == "pre_norm")
     assert {"causality", "resumption"} <= names
 
 
@@ -44,8 +44,15 @@ def test_listed_families_are_found_in_the_table(family):
     model = loaded(family)
     assert model.family in {row.name for row in TABLE}
     assert model.sites() == list(dict.fromkeys(model.sites()))
-    assert model.n_kv_heads == (4 if "gpt" in family else 2)
-    assert model.architecture == ("post_norm" if family == "olmo2" else "pre_norm")
+
+
+def test_what_is_said_of_a_family():
+    assert {loaded(family).n_kv_heads for family in ("gpt2", "gpt_neox")} == {4}
+    assert {loaded(family).n_kv_heads for family in ("llama", "gemma2", "olmo2")} == {2}
+    assert loaded("olmo2").architecture == "post_norm"
+    assert {loaded(family).architecture for family in ("llama", "gpt_neox")} == {"pre_norm"}
+    for family in ("gpt_neox", "cohere", "phi", "gptj"):
+        assert "in parallel" in loaded(family).backend.why_not(Site("resid_mid", 0))
 
 
 @pytest.mark.parametrize("family", tuple(UNLISTED))
@@ -161,8 +168,8 @@ def test_the_norm_of_each_row_is_the_real_module(family):
     assert torch.equal(norm(result["resid_post.-1"]), result["final_norm"])
     for row in range(n):
         name, norm = model.norm_at(row, "next_norm")
-        if family == "olmo2":
-            assert name == "model.norm"
+        if model.architecture == "post_norm":
+            assert name == model.norm_at(row, "final")[0]
             continue
         assert f".{row}." in name
         assert torch.equal(norm(result[f"resid_pre.{row}"]), result[f"attn_in.{row}"])
