@@ -9,15 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layerscope.errors import LensError, ModelError
-from layerscope.models.backends.base import Capability, Execution
+from layerscope.errors import CapabilityError, LensError, ModelError
+from layerscope.models.backends.base import Cache, Capability, Execution
+from layerscope.models.backends.huggingface.cache import KeyValueCache
 from layerscope.models.backends.huggingface.hooks import (
     Carrier,
     Point,
@@ -29,9 +30,11 @@ from layerscope.models.backends.huggingface.hooks import (
     running,
     stopping_after,
 )
+from layerscope.models.backends.transformer_lens.cache import HookedCache, empty
 from layerscope.models.backends.transformer_lens.points import Points
-from layerscope.models.backends.transformer_lens.structure import LensStructure
+from layerscope.models.backends.transformer_lens.structure import HOOKED, LensStructure
 from layerscope.models.batches import TokenBatch
+from layerscope.models.identities import bound_of, relative_error
 from layerscope.models.run import PlannedCapture, RunPlan
 from layerscope.models.sites import Site
 from layerscope.readout.unembedding import Unembedding
@@ -55,8 +58,10 @@ class TransformerLensBackend:
         self.model: Any = structure.model
         self.structure = structure
         self.info = structure.info
-        # Caches of TransformerLens are filled in place, and count columns, not tokens.
-        self.capabilities = frozenset({Capability.GRADIENTS})
+        self.capabilities = frozenset(
+            {Capability.GRADIENTS, *({Capability.CACHE} if structure.takes_cache else ())}
+        )
+        self._continues: bool | None = None  # whether passes can be continued; None: not yet known
         self._points = Points(structure, self._probe)
         self._resume = Resume(structure.blocks)
 
@@ -103,12 +108,25 @@ class TransformerLensBackend:
         """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
+        config = self.model.cfg
+        for option in ("use_attn_in", "use_split_qkv_input"):
+            if getattr(config, option, False):
+                raise CapabilityError(
+                    f"{option} gives every head a residual of its own to read, so there is no "
+                    f"attn_in: turn it off (model.set_{option}(False))"
+                )
+        if plan.keep_cache or plan.cache is not None:
+            self._require_cache(plan)
+        return self._execute(plan)
+
+    def _execute(self, plan: RunPlan) -> Execution:
         latest_z: dict[int, Tensor] = {}
+        n_new = None if plan.cache is None else plan.batch.width
 
         def point(site: Site) -> Point:
             if site.kind == "logits":
                 return Point(_LOGITS)
-            return self._points.point(site, latest_z.__getitem__)
+            return self._points.point(site, latest_z.__getitem__, n_new)
 
         recorder = Recorder(plan, point)
         planned = [*plan.captures, *plan.edits]
@@ -128,8 +146,8 @@ class TransformerLensBackend:
             stack.enter_context(_all_installed(recorder, recorder.carriers))
             for layer in sorted(layer for layer in by_head if layer is not None):
                 stack.enter_context(self._remembering_z(recorder, layer, latest_z))
-            logits = self._forward(plan, recorder)
-        return Execution(recorder.finish(), logits)
+            logits, cache = self._forward(plan, recorder)
+        return Execution(recorder.finish(), logits, cache)
 
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real module that normalises row `row` for a lens.
@@ -161,22 +179,77 @@ class TransformerLensBackend:
         """Return what block 0 should read for these ids, from the weights alone."""
         return self.structure.embedding(ids, position_ids)
 
-    def _forward(self, plan: RunPlan, recorder: Recorder) -> Tensor | None:
+    def _forward(self, plan: RunPlan, recorder: Recorder) -> tuple[Tensor | None, Cache | None]:
         batch, unembed = plan.batch, self.structure.unembed
+        hooked = self.structure.kind == HOOKED
         last = None if plan.stop_after is None else self.structure.blocks[plan.stop_after]
-        logits = None
-        with (
-            stopping_after(recorder, last),
-            _unembedding(recorder, unembed, plan.logits),
-        ):
-            logits = self.model(
-                batch.ids.to(self.device),
-                return_type="logits",
-                attention_mask=batch.attention_mask.to(self.device, torch.long),
-            )
+        mask = batch.attention_mask if hooked else batch.key_mask
+        inputs: dict[str, Any] = {"attention_mask": mask.to(self.device, torch.long)}
+        native = self._native_cache(plan)
+        if native is not None:
+            inputs["past_kv_cache" if hooked else "past_key_values"] = native
+        logits = cache = None
+        with stopping_after(recorder, last), _unembedding(recorder, unembed, plan.logits):
+            logits = self.model(batch.ids.to(self.device), return_type="logits", **inputs)
         if logits is not None and recorder.wants(_LOGITS):
             logits = recorder.visit(_LOGITS, logits)
-        return logits
+        if plan.keep_cache:
+            filled = HookedCache if hooked else KeyValueCache
+            cache = filled.of(cast(Any, native), batch.key_mask)
+        return logits, cache
+
+    def _native_cache(self, plan: RunPlan) -> Any:
+        """Return what the object's forward continues or fills; None for a run without a cache."""
+        if plan.cache is not None:
+            assert isinstance(plan.cache, KeyValueCache | HookedCache)
+            return plan.cache.native()
+        if not plan.keep_cache:
+            return None
+        if self.structure.kind != HOOKED:
+            return KeyValueCache.empty()
+        shape = (len(plan.batch), self.info.n_kv_heads, int(self.model.cfg.d_head))
+        return empty(self.info.n_layers, shape, self.device, self.dtype)
+
+    def _require_cache(self, plan: RunPlan) -> None:
+        """Prove once that passes can be continued, and refuse what would not be kept.
+
+        Raises:
+            CapabilityError: a pass in pieces is not the pass in one piece; an edit of keys that are
+                stored before the rotary embedding.
+        """
+        rotated = [p.site for p in plan.edits if p.site.kind == "attn.k"]
+        if plan.keep_cache and rotated and self._points.rotates_past_keys:
+            raise CapabilityError(
+                f"an edit of '{rotated[0]}' cannot be kept: a HookedTransformer stores keys before "
+                "the rotary embedding; edit k_pre, or run without keep_cache"
+            )
+        if self._continues is None:
+            self._continues = self._continuation_error() <= bound_of(self.dtype)
+        if not self._continues:
+            raise CapabilityError(
+                f"{self.info.family} cannot continue from stored keys and values: a pass in pieces "
+                "gives other numbers than one in one piece; run the whole sequence instead"
+            )
+
+    def _continuation_error(self) -> float:
+        """Return by how much two unlike rows in two pieces differ from one piece; relative."""
+        known = min(self.info.n_embeddings, self.info.d_vocab)
+        ids = [(13 + 7919 * index) % known for index in range(2 * _PROBE_TOKENS)]
+        rows = (ids[:_PROBE_TOKENS], ids[_PROBE_TOKENS : 2 * _PROBE_TOKENS - 2])
+        more = TokenBatch.from_ids([[ids[0], ids[1]], [ids[2], ids[3]]])
+        whole = TokenBatch.from_ids([[*rows[0], *ids[:2]], [*rows[1], *ids[2:4]]])
+        site = Site("final_norm")
+
+        def last_two(batch: TokenBatch) -> PlannedCapture:
+            columns = torch.tensor([[n - 2, n - 1] for n in batch.lengths])
+            return PlannedCapture(site, columns, None, None)
+
+        expected = self._execute(RunPlan(whole, (last_two(whole),), logits=None))
+        first = self._execute(RunPlan(TokenBatch.from_ids(rows), logits=None, keep_cache=True))
+        assert first.cache is not None
+        again = more.continuing(first.cache.mask)
+        second = RunPlan(again, (last_two(more),), logits=None, cache=first.cache)
+        return relative_error(self._execute(second).activations[site], expected.activations[site])
 
     def _probe(self, carriers: Mapping[Site, Carrier]) -> Mapping[Site, Tensor]:
         """Run a few tokens and return what the carriers held that the pass reached."""
@@ -208,7 +281,7 @@ class TransformerLensBackend:
         self, recorder: Recorder, layer: int, latest: dict[int, Tensor]
     ) -> Generator[None]:
         """Keep what the output projection of a block reads, after the edits of this run."""
-        point = self._points.point(Site("attn.z", layer), latest.__getitem__)
+        point = self._points.point(Site("attn.z", layer), latest.__getitem__, None)
         n_heads = self.info.n_heads
 
         def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib import metadata, util
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -96,11 +96,6 @@ def load_lens(
         ModelError: TransformerLens is not installed, or the source is none of these.
         CapabilityError: an object is asked to move or to change its dtype.
     """
-    if util.find_spec("transformer_lens") is None:
-        raise ModelError(
-            "the transformer_lens backend needs TransformerLens: "
-            "pip install 'layerscope[transformer-lens]'"
-        )
     kind = kind_of(source)
     if kind is None:
         return _boot(source, tokenizer, device, dtype, revision, trust_remote_code)
@@ -170,8 +165,13 @@ def _boot(
             f"the transformer_lens backend takes a HookedTransformer, a TransformerBridge, an id "
             f"or a folder, not a {type(source).__name__}"
         )
-    from transformer_lens.model_bridge import TransformerBridge
-
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError as error:
+        raise ModelError(
+            "the transformer_lens backend needs TransformerLens: "
+            "pip install 'layerscope[transformer-lens]'"
+        ) from error
     loaded = load_pretrained(
         source,
         tokenizer=tokenizer,

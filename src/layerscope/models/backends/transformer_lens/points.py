@@ -17,8 +17,13 @@ from layerscope.models.backends.huggingface.views import (
     Weights,
     Whole,
 )
-from layerscope.models.backends.transformer_lens.structure import LensStructure
-from layerscope.models.backends.transformer_lens.views import HeadAxis, HeadResult, Scores
+from layerscope.models.backends.transformer_lens.structure import HOOKED, LensStructure
+from layerscope.models.backends.transformer_lens.views import (
+    HeadAxis,
+    HeadResult,
+    NewKeys,
+    Scores,
+)
 from layerscope.models.identities import relative_error
 from layerscope.models.sites import GLOBAL_KINDS, INNER_KINDS, LAYER_KINDS, Site
 
@@ -45,11 +50,23 @@ class Points:
         """Refuse sites of these kinds, because of what a check found."""
         self._withdrawn.update(dict.fromkeys(kinds, reason))
 
-    def point(self, site: Site, latest_z: Callable[[int], Tensor]) -> Point:
-        """Return where an available site lives; `latest_z` gives z of a layer in this run."""
+    def point(self, site: Site, latest_z: Callable[[int], Tensor], n_new: int | None) -> Point:
+        """Return where an available site lives.
+
+        `latest_z` gives z of a layer in this run, `n_new` the width of a run that continues a past.
+        """
         carrier = self.carrier(site)
         assert carrier is not None
+        if n_new is not None and site.kind == "attn.k" and self.rotates_past_keys:
+            return Point(carrier, NewKeys(n_new, self._head_index(site)))
         return Point(carrier, self._view(site, latest_z))
+
+    @property
+    def rotates_past_keys(self) -> bool:
+        """True where keys are stored before the rotary embedding, and `attn.k` lies after it."""
+        structure = self._structure
+        carriers = structure.carriers
+        return structure.kind == HOOKED and carriers["attn.k"] != carriers["attn.k_pre"]
 
     def carrier(self, site: Site) -> Carrier | None:
         """Return what carries a site, whether this object reaches it or not."""
@@ -170,8 +187,7 @@ class Points:
         if expected is not None and found != expected:
             return (
                 f"is not available: this {structure.kind} holds {list(found)} there, not "
-                f"{list(expected)} (use_attn_in and use_split_qkv_input repeat what heads read; "
-                "turn them off)"
+                f"{list(expected)}"
             )
         return None
 
@@ -202,9 +218,7 @@ class Points:
         return None
 
     def _view(self, site: Site, latest_z: Callable[[int], Tensor] | None) -> View:
-        head = site.head if site.kv_head is None else site.kv_head
-        if site.head is not None and site.kind in _SHARED_KINDS:
-            head = self._group(site.head)
+        head = self._head_index(site)
         if site.kind == "attn.out" and head is not None:
             layer = site.layer or 0
             weight = self._structure.out_weight(layer)
@@ -222,6 +236,11 @@ class Points:
             shared = site.kind in (*_SHARED_KINDS, "attn.k_pre")
             return Heads(info.n_kv_heads if shared else info.n_heads, head)
         return Whole() if head is None else HeadAxis(head)
+
+    def _head_index(self, site: Site) -> int | None:
+        if site.head is not None and site.kind in _SHARED_KINDS:
+            return self._group(site.head)
+        return site.head if site.kv_head is None else site.kv_head
 
     def _group(self, head: int) -> int:
         info = self._structure.info

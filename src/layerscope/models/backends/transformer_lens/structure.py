@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from layerscope.errors import CapabilityError, ModelError
 from layerscope.models.backends.base import ModelInfo
 from layerscope.models.backends.huggingface import structure as huggingface
+from layerscope.models.backends.huggingface.cache import supports_cache
 from layerscope.models.backends.huggingface.families import family_of
 from layerscope.models.backends.huggingface.hooks import Carrier
 from layerscope.models.backends.huggingface.structure import Named
@@ -69,6 +70,7 @@ class LensStructure:
         head: the output head.
         out_weight, out_bias: of a block's output projection, by head; None where it is packed.
         activation: of a block's MLP, and what a gated one adds to the neurons.
+        takes_cache: whether it keeps nothing of the past but keys and values.
     """
 
     model: Any
@@ -86,6 +88,7 @@ class LensStructure:
     out_weight: Callable[[int], Float[Tensor, "head d d_model"] | None]
     out_bias: Callable[[int], Tensor | None]
     activation: Callable[[int], tuple[Callable[[Tensor], Tensor] | None, Tensor | None]]
+    takes_cache: bool
 
 
 def kind_of(source: object) -> str | None:
@@ -178,6 +181,8 @@ def _hooked(model: Any) -> LensStructure:
         out_weight=lambda layer: _floating(blocks[layer].attn.W_O),
         out_bias=lambda layer: blocks[layer].attn.b_O,
         activation=activation,
+        # With keys and values given out to every head, its forward takes no cache.
+        takes_cache=bool(grouped) or not config.n_key_value_heads,
     )
 
 
@@ -212,7 +217,8 @@ def _bridged(model: Any) -> LensStructure:
         expected = weight[ids.to(weight.device)]
         expected = expected * weight.new_tensor(parts.embedding_scale)
         if parts.position_embedding is not None:
-            expected = expected + model.W_pos.detach()[position_ids.to(weight.device)]
+            positions = _wrapped(model.pos_embed).weight.detach()
+            expected = expected + positions[position_ids.to(positions.device)]
         return expected
 
     def head() -> Unembedding:
@@ -256,6 +262,7 @@ def _bridged(model: Any) -> LensStructure:
         out_weight=lambda layer: _by_head(_wrapped(blocks[layer].attn.o), int(config.n_heads)),
         out_bias=lambda layer: getattr(_wrapped(blocks[layer].attn.o), "bias", None),
         activation=activation,
+        takes_cache=supports_cache(inner),
     )
 
 

@@ -30,6 +30,26 @@ class HeadAxis:
 
 
 @dataclass(frozen=True)
+class NewKeys:
+    """The keys of this run's own tokens, the last `n_new` of [batch, pos, head, d]; all or one."""
+
+    n_new: int
+    head: int | None = None
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos *head d"]:
+        """Return the new tokens' keys."""
+        new = carried.value[:, -self.n_new :]
+        return new if self.head is None else new[:, :, self.head]
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch all_pos head d"]:
+        """Return all keys."""
+        whole = carried.value.clone()
+        new = whole[:, -self.n_new :]
+        (new if self.head is None else new[:, :, self.head]).copy_(value)
+        return whole
+
+
+@dataclass(frozen=True)
 class Scores:
     """Attention scores, [batch, head, query, key]; all heads, or one.
 
