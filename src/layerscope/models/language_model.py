@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerscope.errors import (
     CapabilityError,
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
     from layerscope.models.backends.huggingface.loading import LoadedModel
     from layerscope.models.backends.mlx.loading import LoadedMlx
+    from layerscope.models.backends.transformer_lens.loading import LoadedLens
 
-    Source: TypeAlias = str | Path | PreTrainedModel
+    Source: TypeAlias = str | Path | PreTrainedModel | nn.Module
 
-_BACKENDS = ("huggingface", "mlx")
+_BACKENDS = ("huggingface", "mlx", "transformer_lens")
 
 
 def load(
@@ -57,9 +58,11 @@ def load(
 
     Args:
         source: Hugging Face id, local folder, or a `PreTrainedModel` that is already built (then
-            give its tokenizer; it is put in eval mode, and moved only where `device` says so).
+            give its tokenizer; it is put in eval mode, and moved only where `device` says so); or a
+            TransformerLens `HookedTransformer` or `TransformerBridge`, whatever `backend` says.
         tokenizer: replaces the one that comes with the model.
-        backend: "huggingface", or "mlx" (a folder or hub id; needs the extra of that name).
+        backend: "huggingface", or "mlx" or "transformer_lens" (a folder or hub id; needs the extra
+            of that name).
         device: "cpu", "cuda", "cuda:1", "mps" or "auto".
         dtype: "float32", "bfloat16", ...; by default float32 on a CPU, bfloat16 on CUDA.
         revision: branch, tag or commit on the hub.
@@ -92,10 +95,26 @@ def load(
         )
         tuning = find_tuning(native.tokenizer, native.source, instruct=instruct)
         return LanguageModel(opened, native, report, tuning=tuning)
+    from layerscope.models.backends.transformer_lens.structure import kind_of
+
+    if backend == "transformer_lens" or kind_of(source) is not None:
+        from layerscope.models.backends.transformer_lens.loading import open_model as open_lens
+
+        opened, lens, report = open_lens(
+            source,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+        )
+        tuning = find_tuning(lens.tokenizer, lens.source, instruct=instruct)
+        return LanguageModel(opened, lens, report, tuning=tuning)
     from layerscope.models.backends.huggingface.loading import load_pretrained
 
     loaded = load_pretrained(
-        source,
+        cast("str | Path | PreTrainedModel", source),
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
@@ -155,7 +174,7 @@ class LanguageModel:
     def __init__(
         self,
         backend: Backend,
-        loaded: LoadedModel | LoadedMlx,
+        loaded: LoadedModel | LoadedLens | LoadedMlx,
         report: IdentityReport | None = None,
         *,
         tuning: Tuning,

@@ -329,11 +329,13 @@ class Resume:
             passed = _first_tensor(args, kwargs)
             return (passed, *[None] * (self._tuple_size - 1)) if self._tuple_size else passed
 
-        if "forward" in block.__dict__:  # someone else's stand-in (accelerate's, say) comes back
-            self._undo.append(lambda: setattr(block, "forward", original))
+        # Past __setattr__, which TransformerLens' wrappers of a block pass on to what they wrap.
+        own = block.__dict__
+        if "forward" in own:  # someone else's stand-in (accelerate's, say) comes back
+            self._undo.append(lambda: own.update(forward=original))
         else:
-            self._undo.append(lambda: delattr(block, "forward"))
-        block.forward = forward
+            self._undo.append(lambda: own.pop("forward"))
+        own["forward"] = forward
 
 
 def _input_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
