@@ -81,7 +81,6 @@ def native(model: LanguageModel) -> Any:
 def state_of(model: Any) -> str:
     """Return a digest of everything a run must leave alone: tree, classes, names, arrays."""
     import numpy as np
-
     from mlx import nn
 
     digest = hashlib.sha256()

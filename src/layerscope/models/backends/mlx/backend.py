@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from mlx import nn
 from torch import Tensor
 
-from layerscope.errors import CapabilityError, LensError
+from layerscope.errors import CapabilityError, LensError, ModelError
 from layerscope.models.backends.base import Capability, Execution, ModelInfo
 from layerscope.models.backends.huggingface.hooks import Stop, outside, running
 from layerscope.models.backends.mlx.arrays import to_mlx, to_torch, torch_dtype
@@ -27,6 +27,8 @@ from layerscope.models.backends.mlx.structure import Named, Structure, linear_sh
 from layerscope.models.backends.mlx.taps import TAPS
 from layerscope.models.batches import TokenBatch
 from layerscope.models.edits import take
+from layerscope.models.identities import relative_error
+from layerscope.models.run import plan
 from layerscope.models.sites import Site
 from layerscope.readout.unembedding import Unembedding
 
@@ -43,13 +45,13 @@ class MlxBackend:
     """Runs one model of mlx-lm; what it hands out are tensors on the CPU, copies all of them."""
 
     name = "mlx"
-    capabilities = frozenset({Capability.CACHE})
     device = torch.device("cpu")
 
     def __init__(self, model: nn.Module, structure: Structure, config: Any) -> None:
         self.model = model
         self.structure = structure
         self.info = _info(structure, config)
+        self.capabilities = frozenset({Capability.CACHE})
         self._points = Points(structure, self.info, self._probe_kernels)
         self._modules = {part.name: part.module for part in parts(structure)}
         with outside():
@@ -72,7 +74,7 @@ class MlxBackend:
         return Unembedding(
             _dense(head),
             None if bias is None else to_torch(bias),
-            1.0,
+            self.structure.logit_scale,
             self.structure.softcap,
         )
 
@@ -169,6 +171,40 @@ class MlxBackend:
                 expected = expected + to_torch(positions).to(expected)
         return expected
 
+    def require_plain_attention(self) -> None:
+        """Refuse a model whose blocks do not all attend with the heads of its configuration.
+
+        Raises:
+            ModelError: latent attention, state-space blocks, or attention that calls no kernel.
+        """
+        shapes = self._points.kernels
+        heads = {(shape.n_heads, shape.n_kv_heads) for shape in shapes.values()}
+        if len(shapes) < self.info.n_layers or heads != {(self.info.n_heads, self.info.n_kv_heads)}:
+            raise ModelError(
+                f"the blocks of {self.info.family} do not all have attention with "
+                f"{self.info.n_heads} heads and {self.info.n_kv_heads} of keys and values; use the "
+                "'huggingface' backend"
+            )
+
+    def prove_cache(self) -> None:
+        """Give up the cache unless two passes over a few tokens give what one gives."""
+        known = min(self.info.n_embeddings, self.info.d_vocab)
+        ids = [(5 + 31 * index) % known for index in range(2 * _PROBE_TOKENS)]
+        first, second = TokenBatch.from_ids([ids[:-3]]), TokenBatch.from_ids([ids[-3:]])
+        whole = plan(self, TokenBatch.from_ids([ids]), logits="last")
+        try:
+            cache = self.execute(plan(self, first, logits=None, keep_cache=True)).cache
+            assert cache is not None
+            rest = plan(self, second.continuing(cache.mask), logits="last", cache=cache)
+            expected, found = self.execute(whole).logits, self.execute(rest).logits
+            assert expected is not None and found is not None
+            close = relative_error(found, expected) < 100 * torch.finfo(self.dtype).eps
+        # A model that keeps something else breaks in ways of its own.
+        except Exception:
+            close = False
+        if not close:
+            self.capabilities = frozenset[Capability]()
+
     @property
     def _head_module(self) -> nn.Module:
         head = self.structure.head
@@ -222,6 +258,8 @@ class MlxBackend:
         """Return the logits of selected positions, in the model's own dtype and order."""
         head: Any = self._head_module
         logits: mx.array = head.as_linear(hidden) if self.structure.head is None else head(hidden)
+        if self.structure.logit_scale != 1.0:
+            logits = logits * self.structure.logit_scale
         cap = self.structure.softcap
         return logits if cap is None else mx.tanh(logits / cap) * cap
 

@@ -7,7 +7,7 @@ base, most of all), so its own reading of the file is translated back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,19 @@ from layerscope.errors import ModelError
 from layerscope.models.backends.mlx.families import Family
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-ROTARY = ("rope_theta", "rope_scaling", "rope_parameters")
-"""Fields of rotary embeddings: `overrides` alone says what mlx-lm takes for them."""
+_ROTARY = ("rope_theta", "rope_scaling", "rope_parameters")
+
+TRANSLATED = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "rotary_emb_base",
+    "rotary_pct",
+    "partial_rotary_factor",
+    "sliding_window_pattern",
+    "n_ctx",
+)
+"""Fields that transformers' reading of config.json decides, whatever stands in the file."""
 
 _NAMES = {
     "silu": "silu",
@@ -31,8 +42,12 @@ _NAMES = {
 }
 
 
-def overrides(config: Any) -> dict[str, Any]:
+def overrides(config: Any, args: Collection[str]) -> dict[str, Any]:
     """Return fields of config.json as mlx-lm knows them, from transformers' reading of it.
+
+    Args:
+        config: that reading.
+        args: the fields that mlx-lm's code of the family takes.
 
     Raises:
         ModelError: the layers alternate in a way that mlx-lm cannot express.
@@ -52,8 +67,11 @@ def overrides(config: Any) -> dict[str, Any]:
         found |= _rotary(rope)
     if config.model_type == "gpt2":
         found["n_ctx"] = config.n_positions
-    if config.model_type == "gemma3_text":
+    if "sliding_window_pattern" in args and getattr(config, "layer_types", None):
         found["sliding_window_pattern"] = _pattern(config.layer_types)
+    for name in args:
+        if name not in found and name not in _ROTARY:
+            found[name] = getattr(config, name, None)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -100,7 +118,12 @@ def differences(config: Any, family: Family, args: Any) -> list[str]:
     found: list[str] = []
     given = _activation(config)
     wanted = _NAMES.get(given or "", given)
-    if wanted is not None and wanted != family.activation:
+    if family.activation is None:
+        found.append(
+            f"the family '{family.name}' is not in the table: its identities were proved, and "
+            "nobody compared it with Hugging Face's"
+        )
+    elif wanted is not None and wanted != family.activation:
         if not {wanted, family.activation} <= {"gelu", "gelu_tanh"}:
             raise ModelError(_ignored("hidden_act", given))
         found.append(

@@ -29,15 +29,17 @@ class Family:
         mlp_norm: norm that reads the stream between attention and MLP; None where the MLP does.
         parallel: True where attention and MLP read the same residual, or the name of the
             configuration field that says so.
-        embedding_scale: "sqrt(d_model)" or None. ``embed`` is the embedding after that scale.
+        embedding_scale: configuration field, None, or "sqrt(d_model)"; ``embed`` is after the last.
         rounds_scale: True where the code rounds that scale to bfloat16 whatever the model's dtype.
-        softcap: configuration field of the cap on the logits.
+        branch_scale: configuration field that multiplies both branches before they are added.
+        logit_scale, logit_divisor, softcap: configuration fields of the head's transforms.
         query, key, out: attention's projections, relative to it.
         pre, up, post: the MLP's projections, relative to it: the one whose output the activation
             function reads, the other factor of a gated MLP, and the one that reads the neurons.
         fused: True where `pre` gives gate and up side by side.
         router: the module that gives the experts' logits, relative to the MLP.
-        activation: the activation function in mlx-lm's code, by torch's name of it.
+        activation: the activation function in mlx-lm's code, by torch's name of it; None where
+            nobody has looked.
         own_attention: True where attention computes its scores itself (Gemma 2), grouped by
             key-value head.
     """
@@ -58,6 +60,9 @@ class Family:
     parallel: bool | str = False
     embedding_scale: str | None = None
     rounds_scale: bool = False
+    branch_scale: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
     softcap: str | None = None
     query: str = "q_proj"
     key: str = "k_proj"
@@ -67,7 +72,7 @@ class Family:
     post: str = "down_proj"
     fused: bool = False
     router: str = "gate"
-    activation: str = "silu"
+    activation: str | None = "silu"
     own_attention: bool = False
 
 

@@ -17,7 +17,7 @@ from mlx import nn
 from mlx_lm import utils as mlx_lm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from layerscope.errors import ConfigError, ModelError
+from layerscope.errors import ConfigError, IdentityError, ModelError
 from layerscope.models import identities
 from layerscope.models.backends.huggingface.files import (
     ModelFolder,
@@ -35,8 +35,9 @@ from layerscope.models.backends.huggingface.fingerprints import (
 from layerscope.models.backends.huggingface.loading import check_sizes, read_config
 from layerscope.models.backends.mlx.arrays import mlx_dtype
 from layerscope.models.backends.mlx.backend import MlxBackend
-from layerscope.models.backends.mlx.configs import ROTARY, differences, overrides, windows
-from layerscope.models.backends.mlx.families import FAMILIES, Family, family_of
+from layerscope.models.backends.mlx.configs import TRANSLATED, differences, overrides, windows
+from layerscope.models.backends.mlx.families import family_of
+from layerscope.models.backends.mlx.guessing import guesses
 from layerscope.models.backends.mlx.structure import bind
 from layerscope.models.devices import dtype_name, parse_dtype
 from layerscope.models.identities import IdentityReport
@@ -120,66 +121,74 @@ def load_mlx(
     folder = find_folder(source, revision=revision, custom_code=trust_remote_code)
     check_folder(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    family = _family(folder, config)
     if tokenizer is None:
         tokenizer = _tokenizer(folder, trust_remote_code)
     model, raw = _read(folder, config)
-    found = differences(config, family, cast(Any, model).args)
-    for difference in found:
-        warnings.warn(f"{folder.name}: {difference}", stacklevel=3)
     reason = _cast(model, wanted)
     _evaluate(model)
-    structure = bind(model, family, config, windows(config, _n_layers(config)))
-    backend = MlxBackend(model, structure, config)
+    backend, report = _open(model, config, folder.name, verify=verify)
+    found = differences(config, backend.structure.family, cast(Any, model).args)
+    for difference in found:
+        warnings.warn(f"{folder.name}: {difference}", stacklevel=3)
     check_sizes(tokenizer, backend.info.n_embeddings, folder.source, warn=True)
     notes = {"quantisation": _quantisation(raw), "differs_from_huggingface": found}
     loaded = LoadedMlx(model, tokenizer, folder, backend.dtype, reason, notes)
-    return backend, loaded, _prove(backend, loaded) if verify else None
+    return backend, loaded, report
 
 
-def _prove(backend: MlxBackend, loaded: LoadedMlx) -> IdentityReport:
-    try:
-        report = identities.check(backend, thorough=False)
-    except ModelError:
-        raise
-    # mlx-lm's code runs here for the first time; whatever it raises means one thing.
-    except Exception as error:
-        raise ModelError(
-            f"{loaded.name} cannot be run by mlx-lm: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    report.require(loaded.name)
-    return report
-
-
-def _family(folder: ModelFolder, config: Any) -> Family:
-    family = family_of(config.model_type)
-    if family is None:
-        known = ", ".join(family.name for family in FAMILIES)
-        raise ModelError(
-            f"{folder.source} has model type '{config.model_type}', which is not in the mlx "
-            f"backend's family table ({known}); use the 'huggingface' backend"
-        )
-    return family
+def _open(
+    model: nn.Module, config: Any, name: str, *, verify: bool
+) -> tuple[MlxBackend, IdentityReport | None]:
+    """Return the backend whose structure passes the identities."""
+    listed = family_of(config.model_type)
+    seen = windows(config, _n_layers(config))
+    failures: list[ModelError] = []
+    for family in guesses(model, config.model_type) if listed is None else [listed]:
+        try:
+            backend = MlxBackend(model, bind(model, family, config, seen), config)
+            if listed is not None and not verify:
+                return backend, None
+            report = identities.check(backend, thorough=listed is None)
+            report.require(name)
+            if listed is None:
+                backend.require_plain_attention()
+                backend.prove_cache()
+            return backend, report
+        except ModelError as error:
+            failures.append(error)
+        # mlx-lm's code runs here for the first time; whatever it raises means one thing.
+        except Exception as error:
+            line = f"{type(error).__name__}: {one_line(error)}"
+            failure = ModelError(f"{name} cannot be run by mlx-lm: {line}")
+            failure.__cause__ = error
+            failures.append(failure)
+    if listed is not None:
+        raise failures[0]
+    raise IdentityError(
+        f"model type '{config.model_type}' is not in the mlx backend's family table and no known "
+        f"layout fits it: {failures[0] if failures else 'its blocks are unlike any'}"
+    )
 
 
 def _read(folder: ModelFolder, known: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Build mlx-lm's model and read its weights."""
-    fields = overrides(known)
     classes = inspect.signature(mlx_lm.load_model).parameters["get_model_classes"].default
 
     def find(config: dict[str, Any]) -> tuple[type, type]:
         model, args = classes(config=config)
-        for name in inspect.signature(args).parameters:
-            value = getattr(known, name, None)
-            if name not in config and value is not None and name not in ROTARY:
+        names = inspect.signature(args).parameters
+        translated = overrides(known, names)
+        for name, value in translated.items():
+            # What mlx-lm finds under today's names stays as it stands in the file.
+            if name in TRANSLATED or config.get(name) is None:
                 config[name] = value
         return _renaming(model), args
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its warnings
-            model, read = mlx_lm.load_model(
-                folder.path, lazy=True, model_config=fields, get_model_classes=find
-            )
+            model, read = mlx_lm.load_model(folder.path, lazy=True, get_model_classes=find)
+    except ModelError:
+        raise
     # Unknown types, fields, quantisations and weights that do not fit: all mean the same here.
     except Exception as error:
         raise ModelError(

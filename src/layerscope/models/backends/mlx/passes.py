@@ -99,6 +99,9 @@ class Pass:
         name = self._names.get(id(module))
         if name is None:  # of another model
             return original(module, *args, **kwargs)
+        if not args:  # gave all by name
+            given = inspect.signature(original).bind(module, **kwargs)
+            args, kwargs = given.args[1:], given.kwargs
         index = self._blocks.get(id(module))
         if index is not None and self._start is not None and index <= self._start[0]:
             if index < self._start[0]:
@@ -246,7 +249,9 @@ class Pass:
     def _weigh(self, block: Block, call: KernelCall, output: mx.array) -> mx.array:
         """Show scores and pattern; return the kernel's output, exchanged where they changed."""
         assert self._attending is not None
-        if self._shapes is not None:
+        fetched = self.caches[self._attending].fetched
+        # Latent attention stores something else than what its kernel reads.
+        if self._shapes is not None and fetched and fetched[0].shape == tuple(call.key.shape):
             self._shapes[self._attending] = call.shape(to_torch(output))
         name = block.attention.name
         scores_at, pattern_at = Carrier(name, "scores"), Carrier(name, "pattern")

@@ -114,7 +114,7 @@ class Points:
         """Yield (identity, error, where) for what lies inside the sublayers."""
         for layer, block in enumerate(self._structure.blocks):
             where = f"block {layer}"
-            shape = self._kernels.get(layer)
+            shape = self.kernels.get(layer)
             if shape is not None:
                 yield "pattern", shape.error, where
             if Site("attn.out", layer) in values and Site("attn.z", layer) in values:
@@ -144,7 +144,7 @@ class Points:
         grouped = self._info.n_kv_heads < self._info.n_heads
         if site.kind in ("attn.k", "attn.v") and site.head is not None and grouped:
             leaf = site.kind.partition(".")[2]
-            shape = self._kernels[self._layer(site)]
+            shape = self.kernels[self._layer(site)]
             group = site.head * shape.n_kv_heads // shape.n_heads
             return (
                 f"'{site}' can be captured, not edited: several query heads share it; edit "
@@ -181,8 +181,9 @@ class Points:
         """Return where a site lives, or why it does not exist."""
         structure = self._structure
         if site.kind == "embed":
-            scale = structure.embedding_scale
-            return _output(structure.embedding, None if scale == 1.0 else Scaled(scale))
+            # Where it is a field of the configuration, the scale is no part of the embedding.
+            part = structure.family.embedding_scale == "sqrt(d_model)"
+            return _output(structure.embedding, _scaled(structure.embedding_scale if part else 1.0))
         if site.kind == "final_norm":
             return _output(structure.final_norm)
         block = structure.blocks[self._layer(site)]
@@ -201,9 +202,9 @@ class Points:
         return {
             "resid_pre": _input(block.whole),
             "attn_in": _input(block.attention),
-            "attn_out": _output(block.attention_out),
+            "attn_out": _output(block.attention_out, _scaled(structure.branch_scale)),
             "mlp_in": _input(block.mlp),
-            "mlp_out": _output(block.mlp_out),
+            "mlp_out": _output(block.mlp_out, _scaled(structure.branch_scale)),
             "resid_post": _output(block.whole),
         }[site.kind]
 
@@ -211,7 +212,7 @@ class Points:
         leaf = site.kind.partition(".")[2]
         if leaf in ("z", "out"):
             return self._find_output(site, block)
-        shape = self._kernels.get(self._layer(site))
+        shape = self.kernels.get(self._layer(site))
         if shape is None:
             return (
                 f"is not available: {type(block.attention.module).__name__} has its own attention "
@@ -290,7 +291,8 @@ class Points:
         return _output(part)
 
     @cached_property
-    def _kernels(self) -> dict[int, KernelShape]:
+    def kernels(self) -> dict[int, KernelShape]:
+        """What each block's attention kernel reads; a block without one is missing."""
         return self._probe()
 
     def _head_sum_error(self, block: Block, layer: int, values: Mapping[Site, Tensor]) -> float:
@@ -308,7 +310,7 @@ class Points:
     def _neuron_error(self, layer: int, values: Mapping[Site, Tensor]) -> float | None:
         """Compare the neurons with the activation function of what it reads; None without one."""
         pre, up, post = (values.get(Site(f"mlp.{leaf}", layer)) for leaf in ("pre", "up", "post"))
-        function = _ACTIVATIONS.get(self._structure.family.activation)
+        function = _ACTIVATIONS.get(self._structure.family.activation or "")
         if function is None or pre is None or post is None:
             return None
         expected = function(pre)
@@ -319,7 +321,7 @@ class Points:
         return site.layer
 
     def _head_shape(self, site: Site, n_keys: int) -> tuple[int, int]:
-        shape = self._kernels[self._layer(site)]
+        shape = self.kernels[self._layer(site)]
         if site.kind in ("attn.scores", "attn.pattern"):
             return shape.n_heads, n_keys
         grouped = site.kind in ("attn.k", "attn.v", "attn.k_pre")
@@ -332,6 +334,10 @@ class Points:
         assert part is not None
         rows, columns = linear_shape(part.module)
         return rows if site.kind == "mlp.router" else columns
+
+
+def _scaled(factor: float) -> View:
+    return Whole() if factor == 1.0 else Scaled(factor)
 
 
 def _input(part: Named, view: View | None = None) -> Point:

@@ -64,6 +64,8 @@ class Structure:
     """None where the embedding unembeds."""
     parallel: bool
     embedding_scale: float
+    branch_scale: float
+    logit_scale: float
     softcap: float | None
 
 
@@ -79,12 +81,12 @@ def bind(model: nn.Module, family: Family, config: Any, windows: Sequence[int | 
     Raises:
         ModelError: a module is missing.
     """
-    blocks = _get(model, family.blocks)
+    blocks = find(model, family.blocks)
     if not isinstance(blocks, list) or len(blocks) != len(windows):
         raise ModelError(_missing(model, family.blocks, family))
     softcap = getattr(config, family.softcap, None) if family.softcap else None
     parallel = family.parallel
-    head = _get(model, family.head)
+    head = find(model, family.head)
     return Structure(
         family=family,
         embedding=_part(model, family.embedding, family),
@@ -101,6 +103,8 @@ def bind(model: nn.Module, family: Family, config: Any, windows: Sequence[int | 
         head=Named(family.head, head) if isinstance(head, nn.Module) else None,
         parallel=parallel if isinstance(parallel, bool) else bool(getattr(config, parallel)),
         embedding_scale=_embedding_scale(config, family),
+        branch_scale=_constant(config, family.branch_scale),
+        logit_scale=_constant(config, family.logit_scale) / _constant(config, family.logit_divisor),
         softcap=None if softcap is None else float(softcap),
     )
 
@@ -117,12 +121,14 @@ def _block(model: nn.Module, path: str, family: Family, window: int | None) -> B
         return None if name is None else _part(model, f"{path}.{name}", family)
 
     def within(sublayer: Named, name: str | None) -> Named | None:
-        found = None if name is None else _get(sublayer.module, name)
+        found = None if name is None else find(sublayer.module, name)
         return Named(f"{sublayer.name}.{name}", found) if isinstance(found, nn.Module) else None
 
     attention = _part(model, f"{path}.{family.attention}", family)
     mlp = _part(model, f"{path}.{family.mlp}", family)
     router = within(mlp, family.router)
+    if router is not None and not isinstance(router.module, nn.Linear | nn.QuantizedLinear):
+        router = None  # it gives more than logits
     pre = None if router else within(mlp, family.pre)
     return Block(
         whole=_part(model, path, family),
@@ -145,20 +151,25 @@ def _block(model: nn.Module, path: str, family: Family, window: int | None) -> B
 
 
 def _embedding_scale(config: Any, family: Family) -> float:
-    if family.embedding_scale is None:
-        return 1.0
+    if family.embedding_scale != "sqrt(d_model)":
+        return _constant(config, family.embedding_scale)
     scale = torch.tensor(float(config.hidden_size) ** 0.5, dtype=torch.float64)
     return float(scale.bfloat16() if family.rounds_scale else scale)
 
 
+def _constant(config: Any, name: str | None) -> float:
+    value = getattr(config, name, None) if name else None
+    return 1.0 if value is None else float(value)
+
+
 def _part(model: nn.Module, path: str, family: Family) -> Named:
-    found = _get(model, path)
+    found = find(model, path)
     if not isinstance(found, nn.Module):
         raise ModelError(_missing(model, path, family))
     return Named(path, found)
 
 
-def _get(module: Any, path: str) -> Any:
+def find(module: Any, path: str) -> Any:
     """Return what a dotted path leads to, lists by index; None where it leads nowhere."""
     for name in path.split("."):
         if isinstance(module, list):

@@ -125,9 +125,9 @@ TAPS = Taps()
 @cache
 def _tapped_class(own: type) -> type:
     """Return a subclass of a module's class whose call asks the current run."""
-    original = own.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        original: Callable[..., Any] = own.__call__  # the owner may have exchanged it
         run = current_run()
         if isinstance(run, Listener):
             return run.call(self, original, args, kwargs)
