@@ -6,11 +6,14 @@ import copy
 import sys
 import threading
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 
 import layerscope
 from layerscope.errors import CapabilityError, IdentityError, ModelError, SiteError
+from layerscope.experiments.layers import Fact, PromptSet, analyze
 from layerscope.models import Add, Apply, Start
 from support.lens_objects import BRIDGE, HOOKED, bridge, hooked, lens, skip_without, wrapped
 from support.loaded import batch_of, loaded, real, state_of
@@ -151,6 +154,11 @@ def test_processed_weights_keep_probabilities_and_patterns(kind, family):
         ours, theirs = (real(x.logits, batch, row) for x in (found, expected))
         torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), **CLOSE)
         assert not torch.allclose(ours, theirs, atol=1e-2)
+    fact = Fact(key="one", prompt="The capital of Japan is", answer=" Rome")
+    tables = [analyze(m, PromptSet("one", (fact,))).table.rows for m in (model, loaded(family))]
+    for name in ("p_answer", "answer_rank", "entropy_bits", "kl_to_final_bits"):
+        of_norm = [rows.filter(pl.col("lens") == "norm")[name].to_numpy() for rows in tables]
+        np.testing.assert_allclose(*of_norm, rtol=1e-3, atol=1e-3)
 
 
 def test_identities_are_proved_and_a_hooked_lie_is_refused(kind):

@@ -58,7 +58,7 @@ class LoadedLens:
         weight: torch.Tensor = self.model.W_E
         config = self.model.cfg
         architecture = getattr(config, "original_architecture", None)
-        given = {
+        given: dict[str, Any] = {
             "id": self.source,
             "kind": "memory",
             "revision": None,

@@ -216,7 +216,7 @@ def _bridged(model: Any) -> LensStructure:
         weight = model.W_E.detach()
         expected = weight[ids.to(weight.device)]
         expected = expected * weight.new_tensor(parts.embedding_scale)
-        if parts.position_embedding is not None:
+        if "pos_embed" in model._modules:
             positions = _wrapped(model.pos_embed).weight.detach()
             expected = expected + positions[position_ids.to(positions.device)]
         return expected
