@@ -21,11 +21,13 @@ from layerscope.models.edits import (
     Scale,
     ZeroAblate,
 )
+from layerscope.models.generation import Generation, Piece
 from layerscope.models.identities import IdentityReport
 from layerscope.models.language_model import LanguageModel, load
 from layerscope.models.prompt import Prompt, render
 from layerscope.models.prompts import TokenBatch
 from layerscope.models.run import Capture, RunResult, Start
+from layerscope.models.scopes import Scope
 from layerscope.models.sites import Site
 from layerscope.models.templates import TaskTemplate, get_template
 
@@ -37,15 +39,18 @@ __all__ = [
     "Clamp",
     "Edit",
     "EditContext",
+    "Generation",
     "IdentityReport",
     "LanguageModel",
     "MeanAblate",
+    "Piece",
     "ProjectOut",
     "Prompt",
     "Replace",
     "ResampleAblate",
     "RunResult",
     "Scale",
+    "Scope",
     "Site",
     "Start",
     "TaskTemplate",

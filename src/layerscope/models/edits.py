@@ -29,6 +29,7 @@ from layerscope.models.sites import Site
 
 if TYPE_CHECKING:
     from layerscope.models.prompts import TokenBatch
+    from layerscope.models.scopes import Scope
 
 Positions: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
 """One position, positions shared by all rows, or for each row its own (all of one number)."""
@@ -66,12 +67,14 @@ class Edit:
         site: where to act; a name or a pattern.
         rows: batch rows to act on; None for all.
         positions: token positions to act on (see `Positions`); None for all.
+        scope: instead of positions: which tokens, told by their place in the prompt and after it.
     """
 
     site: str | Site
     _: KW_ONLY
     rows: int | Sequence[int] | None = None
     positions: Positions | None = None
+    scope: Scope | str | None = None
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise EditError when this edit cannot act on selected values of this shape."""

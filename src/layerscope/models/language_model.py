@@ -21,6 +21,8 @@ from layerscope.models import identities
 from layerscope.models.backends.base import Backend, Cache, Capability, NormChoice
 from layerscope.models.chat import Tuning, find_tuning
 from layerscope.models.edits import Edit, Positions
+from layerscope.models.generation import Generation, Piece, Sampling, Stream
+from layerscope.models.generation.loop import Settings, end_ids, start
 from layerscope.models.identities import IdentityReport
 from layerscope.models.prompts import PaddingSide, PromptsLike, TokenBatch, tokenize
 from layerscope.models.run import Capture, Logits, RunResult, Start, plan
@@ -357,6 +359,93 @@ class LanguageModel:
             info=self.backend.info,
             cache=execution.cache,
         )
+
+    def generate(
+        self,
+        prompts: PromptsLike,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        edits: Sequence[Edit] = (),
+        capture: Capture | str | Site | Sequence[str | Site] = (),
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        eos: bool = True,
+        keep_logits: bool = False,
+        stream: Callable[[Piece], object] | None = None,
+    ) -> Generation:
+        """Continue every prompt, reading it once and each new token once.
+
+        Args:
+            prompts: text, ids, `Prompt`s, or a `TokenBatch`.
+            max_new_tokens: most tokens to generate per row.
+            temperature: 0 takes the most likely token; else what logits are divided by to draw.
+            top_p: draw among the most likely tokens that reach this probability together.
+            top_k: draw among so many most likely tokens; None for all.
+            seed: of the draws; see `Sampling`.
+            edits: applied while prompts and new tokens are read; an edit's `scope` says to which.
+                Its positions count the whole sequence, negative ones from the prompt's end.
+            capture: sites to keep of every generated token.
+            stop: strings that end a row; its text is cut before them, its ids are not.
+            stop_ids: ids that end a row, beside the model's own.
+            eos: whether the model's end-of-sequence ids end a row.
+            keep_logits: keep the logits that every token was chosen from.
+            stream: called with every token as it is generated.
+
+        Raises:
+            PromptError, ConfigError, EditError, SiteError, CapabilityError: the request, before
+                anything runs.
+        """
+        tokens = self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            edits=edits,
+            capture=capture,
+            stop=stop,
+            stop_ids=stop_ids,
+            eos=eos,
+            keep_logits=keep_logits,
+        )
+        if stream is not None:
+            for piece in tokens:
+                stream(piece)
+        return tokens.result
+
+    def stream(
+        self,
+        prompts: PromptsLike,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        edits: Sequence[Edit] = (),
+        capture: Capture | str | Site | Sequence[str | Site] = (),
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        eos: bool = True,
+        keep_logits: bool = False,
+    ) -> Stream:
+        """Return the tokens of `generate` as they come: iterate over it, then take its `result`.
+
+        Takes the arguments of `generate`, and raises what it raises.
+        """
+        settings = Settings(
+            Sampling(temperature, top_p, top_k, seed),
+            max_new_tokens,
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            tuple(stop_ids),
+            end_ids(self) if eos else (),
+        )
+        return start(self, prompts, settings, edits=edits, capture=capture, keep_logits=keep_logits)
 
     def _check_context(self, batch: TokenBatch) -> None:
         for row, length in enumerate(batch.lengths):

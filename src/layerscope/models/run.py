@@ -20,6 +20,7 @@ from layerscope.errors import (
 )
 from layerscope.models.backends.base import Capability, ModelInfo
 from layerscope.models.edits import Edit, Positions, ResampleAblate, columns_of, rows_of
+from layerscope.models.scopes import scoped
 from layerscope.models.sites import Site, expand
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def plan(
     return RunPlan(
         batch=batch,
         captures=_captures(capture, batch, reach),
-        edits=tuple(planned for edit in edits for planned in _edits(edit, batch, reach)),
+        edits=tuple(
+            planned for edit in scoped(edits, batch) for planned in _edits(edit, batch, reach)
+        ),
         start=start,
         stop_after=stop_after,
         logits=_logits(logits, batch, stop_after),

@@ -86,6 +86,15 @@ class HuggingFaceBackend:
             self.structure.softcap,
         )
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids at which the model is set to stop generating, beside its tokenizer's."""
+        given: list[Any] = []
+        for settings in (getattr(self.model, "generation_config", None), self.model.config):
+            ids: Any = getattr(settings, "eos_token_id", None)
+            given += ids if isinstance(ids, list) else [ids]
+        return tuple(dict.fromkeys(id_ for id_ in given if isinstance(id_, int)))
+
     def sites(self) -> Sequence[Site]:
         """Return every site that can be captured, in the order of the forward pass."""
         return self._points.sites()
