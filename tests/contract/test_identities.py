@@ -112,7 +112,7 @@ def test_a_block_that_changes_the_stream_between_blocks_is_caught():
 
 def test_a_model_with_a_side_channel_past_the_residual_is_caught():
     """What a resumed pass cannot know: here the last block reads what an MLP left elsewhere."""
-    model = tiny("stablelm")
+    model = tiny("helium")
     kept = []
     model.model.layers[0].mlp.register_forward_hook(lambda _, args, output: kept.append(output))
     model.model.layers[2].mlp.register_forward_hook(
@@ -142,12 +142,12 @@ def test_not_a_number_never_passes():
 
 
 def test_an_unlisted_model_is_proved_even_without_verify():
-    model = tiny("stablelm")
+    model = tiny("helium")
     model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: output + args[0])
     block = model.model.layers[0]
     original = block.forward
     block.forward = lambda *args, **kwargs: original(*args, **kwargs) * 1.5
-    with pytest.raises(IdentityError, match="'stablelm' is not in the family table"):
+    with pytest.raises(IdentityError, match="'helium' is not in the family table"):
         layerscope.load(model, tokenizer=tiny_tokenizer(), verify=False)
 
 

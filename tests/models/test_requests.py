@@ -98,10 +98,10 @@ def test_bad_sites_and_positions(model):
         ("llama", "attn.1.head.4.z", "head 4 of 'attn.1.head.4.z' does not exist: .* heads 0 to 3"),
         ("llama", "attn.1.kv_head.2.k", "kv_heads 0 to 1"),
         ("gpt2", "attn.1.kv_head.0.k", "every query head has its own .* use attn.1.head.0.k"),
-        ("phi3", "attn.1.q_pre", "queries and keys in one projection; use attn.1.q"),
+        ("deepseek_v3", "attn.1.k_pre", "no projection of this family gives the keys"),
         ("gpt2", "mlp.0.up", "has no gate; use mlp.L.pre"),
         ("llama", "mlp.0.router", "no mixture of experts"),
-        ("gptj", "attn.0.q", "its own attention code"),
+        ("gptj", "attn.0.q", "attention code of its own"),
     ],
 )
 def test_sites_that_a_model_lacks_say_why(family, site, message):

@@ -10,6 +10,26 @@ from support.tiny_dense import DENSE
 from support.tiny_parts import FOUR, GRANITE, MHA, SLIDING, Row, row
 from support.tiny_sparse import SPARSE
 
+EVERYTHING: dict[str, Row] = {**DENSE, **SPARSE}
+
+# Configurations of the lists of dense and sparse models that have rows of their own.
+LISTED = (
+    *("ministral", "ministral3", "mixtral", "smollm3", "starcoder2", "nemotron", "glm"),
+    *("qwen2_moe", "qwen3_moe", "olmo", "olmo3", "olmoe", "gpt_oss", "phimoe", "persimmon"),
+    *("glm4", "exaone4", "cohere2", "stablelm_parallel", "nanochat", "minicpm3", "hyperclovax"),
+    *("gpt_neo", "gpt_bigcode", "gpt_bigcode_heads", "codegen", "opt", "bloom", "biogpt", "xglm"),
+    *("falcon", "falcon_grouped", "falcon_alibi", "mpt", "dbrx", "ctrl", "afmoe"),
+    *("granitemoe", "granitemoeshared", "bitnet"),
+)
+# Configurations that are found from the structure of the model: sequential, parallel, post-norm.
+FOUND = ("helium", "apertus", "cohere2_moe", "flex_olmo", "vaultgemma", "deepseek_v3")
+
+# Listed, too, but recurrent or cut into chunks: nothing to continue from, and padding that counts.
+HYBRID = (
+    *("llama4", "granitemoehybrid", "granitemoehybrid_attention", "qwen3_next", "qwen3_5", "lfm2"),
+    *("lfm2_moe", "jamba", "bamba", "recurrent_gemma"),
+)
+
 # Families that the table describes.
 FAMILIES: dict[str, Row] = {
     "llama": row("llama"),
@@ -44,16 +64,18 @@ FAMILIES: dict[str, Row] = {
     "gpt_neox_sequential": row("gpt_neox", MHA, use_parallel_residual=False),
     "phi3": row("phi3"),
     "olmo2": row("olmo2"),
-}
-
-# Families that no table row describes: they must be resolved from their structure.
-UNLISTED: dict[str, Row] = {
     "stablelm": row("stablelm", use_qkv_bias=True),
     "granite": row("granite", GRANITE),
     "cohere": row("cohere", logit_scale=0.25, tie_word_embeddings=True),
     "phi": row("phi"),
     "gptj": row("gptj", MHA, n_inner=48, rotary_dim=4),  # blocks return tuples
+    **{name: EVERYTHING[name] for name in LISTED},
 }
 
+# Families that no table row describes: they must be resolved from their structure.
+UNLISTED: dict[str, Row] = {name: EVERYTHING[name] for name in FOUND}
+
 # Everything else that builds; whether layerscope reads it yet is another question.
-CANDIDATES: dict[str, Row] = {**DENSE, **SPARSE}
+CANDIDATES: dict[str, Row] = {
+    name: fields for name, fields in EVERYTHING.items() if name not in (*LISTED, *FOUND)
+}

@@ -131,7 +131,11 @@ def load(
 def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport | None]:
     """Return the backend whose structure passes the identities."""
     from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
-    from layerscope.models.backends.huggingface.structure import is_listed, structures
+    from layerscope.models.backends.huggingface.structure import (
+        is_listed,
+        structures,
+        why_unreadable,
+    )
 
     listed = is_listed(loaded.model)
     failures: list[ModelError] = []
@@ -140,7 +144,9 @@ def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport
         if listed and not verify:
             return backend, None
         try:
-            report = identities.check(backend, thorough=not listed)
+            # What passes several streams on cannot begin in the middle with one of them.
+            thorough = not listed and structure.row.stream is None
+            report = identities.check(backend, thorough=thorough)
             report.require(loaded.name)
         except ModelError as error:
             failures.append(error)
@@ -155,6 +161,11 @@ def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport
             return backend, report
     if listed:
         raise failures[0]
+    known = why_unreadable(loaded.model)
+    if known is not None:
+        raise IdentityError(
+            f"{loaded.name} is not a model that layerscope can read: it {known} ({failures[0]})"
+        )
     kind = loaded.model.config.model_type
     raise IdentityError(
         f"model type '{kind}' is not in the family table and no known layout fits it: "

@@ -184,10 +184,12 @@ class HuggingFaceBackend:
         expected = expected * torch.tensor(
             structure.embedding_scale, dtype=weight.dtype, device=weight.device
         )
-        if structure.position_embedding is not None:
-            positions = _weight(structure.position_embedding.module).detach()
-            expected = expected + positions[position_ids.to(positions.device)].to(expected)
-        return expected
+        if structure.positions is not None:
+            table = structure.positions.table.detach()
+            places = position_ids.to(table.device) + structure.positions.offset
+            expected = expected + table[places].to(expected)
+        norm = structure.embedding_norm
+        return expected if norm is None else _callable(norm)(expected)
 
     def _inputs(self, plan: RunPlan) -> dict[str, Any]:
         batch = plan.batch
@@ -271,6 +273,9 @@ class HuggingFaceBackend:
 def _info(model: PreTrainedModel, structure: Structure) -> ModelInfo:
     config = model.config.get_text_config()
     embedding = _weight(structure.embedding.module)
+    # Some configurations hold sizes by layer; a block's own are found when it runs.
+    layers = getattr(config, "per_layer_config", None)
+    config = layers[0] if layers else config
     n_heads = int(config.num_attention_heads)
     return ModelInfo(
         family=structure.family,
@@ -279,10 +284,20 @@ def _info(model: PreTrainedModel, structure: Structure) -> ModelInfo:
         d_vocab=_weight(structure.head.module).shape[0],
         n_embeddings=embedding.shape[0],
         n_heads=n_heads,
-        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+        n_kv_heads=_n_kv_heads(config) or n_heads,
         n_ctx=getattr(config, "max_position_embeddings", None),
         architecture="pre_norm" if structure.blocks[0].input_norm else "post_norm",
     )
+
+
+def _n_kv_heads(config: Any) -> int | None:
+    """Return the key-value heads of a configuration, under the names in use."""
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    found = getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None)
+    return None if found is None else int(found)
 
 
 def _callable(norm: Named) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ thread, or a call of the model by its owner passes through them untouched.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -34,15 +35,22 @@ class Carrier:
     Attributes:
         module: the module to hook.
         side: "input" or "output" of the module, or what its attention kernel reads and computes.
-        item: which one, where the output is a tuple.
+        item: which one, where the module reads or gives several.
         shared: an edit must also reach others who hold the same tensor (the skip connection), so it
             is written in place.
+        call: which of the module's calls in a pass, where it is called more than once.
+        copied: the model writes into this tensor later, so it goes on with a copy of what was kept.
+        plus: a module called earlier whose output the model adds to this one; the carrier holds
+            the sum.
     """
 
     module: nn.Module
     side: Literal["input", "output", "query", "key", "value", "scores", "pattern"]
     item: int = 0
     shared: bool = False
+    call: int = 0
+    copied: bool = False
+    plus: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Recorder:
         self.activations: dict[Site, Tensor] = {}
         # Keys and values, past ones included, that edits replaced after the model stored them.
         self.exchanged: list[tuple[Tensor, Tensor]] = []
+        # What modules gave whose output the model adds to that of a carrier called after them.
+        self.summands: dict[nn.Module, Tensor] = {}
         self._fired: set[Carrier] = set()
         self._edits: dict[Carrier, list[tuple[PlannedEdit, View]]] = {}
         self._captures: dict[Carrier, list[tuple[PlannedCapture, View]]] = {}
@@ -100,10 +110,17 @@ class Recorder:
         for capture, view in self._captures.get(carrier, ()):
             carried = Carried(value, source, n_rows)
             site_value = view.read(carried)
+            # The model goes on with what was captured, so that gradients reach it.
+            exchange = site_value is not value and site_value.is_floating_point()
+            exchange = exchange and self.plan.gradients
+            if exchange and carrier.shared:
+                # What is written in place must not be a view of what is overwritten.
+                site_value = site_value.clone()
             self._keep(capture, site_value)
-            if self.plan.gradients and site_value is not value and value.is_floating_point():
-                # The model goes on with what was captured, so that gradients reach it.
+            if exchange:
                 value = view.write(carried, site_value)
+        if carrier.copied and carrier in self._captures:
+            value = value.clone()
         return value
 
     def edits(self, carrier: Carrier) -> bool:
@@ -217,6 +234,9 @@ def installed(recorder: Recorder, carriers: Iterable[Carrier]) -> Generator[None
                 hook = _input_hook(recorder, carrier)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             elif carrier.side == "output":
+                if carrier.plus is not None:
+                    summand = _summand_hook(recorder, carrier.plus)
+                    handles.append(carrier.plus.register_forward_hook(summand))
                 hook = _output_hook(recorder, carrier)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
@@ -345,6 +365,10 @@ def _input_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
         # Without kwargs: another thread's pass, as in `Resume.at`.
         if _running.get() is not recorder or kwargs is None:
             return None
+        if carrier.item:
+            # Read only: the numbers of chosen experts, say.
+            recorder.visit(carrier, args[carrier.item])
+            return None
         value = _first_tensor(args, kwargs)
         edited = recorder.visit(carrier, value)
         if edited is value:
@@ -359,14 +383,21 @@ def _input_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
 
 
 def _output_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
+    calls = itertools.count()
+
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
     ) -> Any:
         # Without an output: another thread's pass, which torch calls without kwargs.
         if _running.get() is not recorder or output is None:
             return None
+        if carrier.call and next(calls) != carrier.call:
+            return None
         value = first_tensor(output, carrier.item)
-        edited = recorder.visit(carrier, value, _source(args, kwargs))
+        if carrier.plus is None:
+            edited = recorder.visit(carrier, value, _source(args, kwargs))
+        else:
+            edited = _visit_sum(recorder, carrier, value)
         if edited is value:
             return None
         if not isinstance(output, tuple):
@@ -374,6 +405,34 @@ def _output_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
         return (*output[: carrier.item], edited, *output[carrier.item + 1 :])
 
     return hook
+
+
+def _summand_hook(recorder: Recorder, module: nn.Module) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if _running.get() is not recorder:
+            return None
+        recorder.summands[module] = first_tensor(output)
+        # Gradients reach this module through the sum, not past it.
+        return output.detach() if recorder.plan.gradients else None
+
+    return hook
+
+
+def _visit_sum(recorder: Recorder, carrier: Carrier, value: Tensor) -> Tensor:
+    """Let a run see the sum of two outputs; return what makes the model's own sum the edited one.
+
+    Where nothing was edited the numbers stay the model's own, to the last bit.
+    """
+    assert carrier.plus is not None
+    other = recorder.summands.pop(carrier.plus, None)
+    if other is None:
+        raise ModelError("a branch of this model adds its parts in another order than layerscope")
+    total = other + value
+    edited = recorder.visit(carrier, total)
+    if edited is total and not recorder.plan.gradients:
+        return value
+    passed = torch.where(edited == total, value, edited - other).detach()
+    return passed + (edited - edited.detach())
 
 
 def _source(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -38,7 +38,7 @@ class KernelShape:
     """The sizes of what one block's attention kernel reads.
 
     `error` is the largest difference between the kernel's output and that of the recomputed
-    pattern, relative to the largest value.
+    pattern, relative to the largest value. `calls` is how often a pass calls the kernel.
     """
 
     n_heads: int
@@ -46,6 +46,7 @@ class KernelShape:
     d_key: int
     d_value: int
     error: float
+    calls: int = 1
 
 
 def has_kernel(attention: nn.Module) -> bool:
@@ -112,8 +113,10 @@ class Probe:
             error = float((mixed - given.reshape(mixed.shape)).abs().max() / mixed.abs().max())
         except (CapabilityError, RuntimeError):
             error = math.inf
+        known = self.shapes.get(module)
+        calls = 1 if known is None else known.calls + 1
         self.shapes[module] = KernelShape(
-            query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], error
+            query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], error, calls
         )
 
 
@@ -289,7 +292,8 @@ def _with_pattern(output: Any, plain: Tensor, edited: Tensor, value: Tensor) -> 
     kept = first.reshape(mixed.shape)
     if mixed.requires_grad:
         kept = kept.detach() + (mixed - mixed.detach())
-    z = torch.where(changed.transpose(1, 2), mixed, kept).reshape(first.shape)
+    # Contiguous like the kernel's own: some families only view it in another shape.
+    z = torch.where(changed.transpose(1, 2), mixed, kept).reshape(first.shape).contiguous()
     return (z, *output[1:]) if isinstance(output, tuple) else z
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscope.errors import ModelError
-from layerscope.models.backends.huggingface.families import Family, family_of
+from layerscope.models.backends.huggingface.families import Family, family_of, obstacle
 
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
 _OUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense")
 _FUSED_NAMES = ("gate_up_proj",)
@@ -33,47 +35,64 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Inner:
-    """The projections inside a block's sublayers; None where there is none of that kind.
+    """What lies inside a block's sublayers; None where there is none of that kind.
+
+    The names are those of `Family`.
 
     Attributes:
-        query, key, out: projections of attention.
-        pre, up, post: projections of the MLP, see `Family`; `up` is `pre` where they are fused.
+        up: is `pre` where they are fused.
         router: what chooses experts; a mixture of experts has no `pre`, `up` and `post` here.
-        router_items: which items of its output are the logits and the chosen experts.
     """
 
     query: Named | None
     key: Named | None
+    value: Named | None
+    qkv: Named | None
+    pattern: Named | None
     out: Named | None
     pre: Named | None
     up: Named | None
     post: Named | None
+    activation: Named | None
     router: Named | None
-    router_items: tuple[int | None, int | None]
+    experts: Named | None
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The parts of one block; `attention_out` and `mlp_out` end their branches."""
+    """The parts of one block; `attention_out` and `mlp_out` end their branches.
+
+    Attributes:
+        attends: False where something else stands in the place of attention.
+        mlp_beside: a second MLP whose output is added to that of `mlp_out`.
+    """
 
     whole: Named
     input_norm: Named | None
     attention: Named
+    attends: bool
     attention_out: Named
     mlp_norm: Named | None
     mlp: Named
+    mlp_beside: Named | None
     mlp_out: Named
     inner: Inner
 
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """The parts of one model and the constants its configuration adds to them."""
+    """The parts of one model and the constants its configuration adds to them.
 
-    family: str
+    Attributes:
+        row: the row that was bound, for what it says about the insides of sublayers.
+        positions: learned or fixed vectors that are added to the embedding, by position.
+    """
+
+    row: Family
     base: nn.Module
     embedding: Named
-    position_embedding: Named | None
+    positions: Positions | None
+    embedding_norm: Named | None
     blocks: tuple[Block, ...]
     final_norm: Named
     head: Named
@@ -82,6 +101,29 @@ class Structure:
     branch_scale: float
     logit_scale: float
     softcap: float | None
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.row.name
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Position vectors: rows of a tensor that `owner` keeps, the first of them for padding.
+
+    Attributes:
+        offset: the row of position 0.
+    """
+
+    owner: nn.Module
+    attribute: str
+    offset: int
+
+    @property
+    def table(self) -> Tensor:
+        """[position, d_model]."""
+        return getattr(self.owner, self.attribute)
 
 
 def structures(model: PreTrainedModel) -> Iterator[Structure]:
@@ -92,16 +134,26 @@ def structures(model: PreTrainedModel) -> Iterator[Structure]:
     """
     _require_causal(model)
     family = family_of(model.config.model_type)
-    if family is not None:
-        yield bind(model, family)
-        return
-    for guess in _guesses(model):
-        yield bind(model, guess)
+    try:
+        for guess in _guesses(model) if family is None else (family,):
+            yield bind(model, guess)
+    except ModelError as error:
+        known = why_unreadable(model)
+        if known is None:
+            raise
+        raise ModelError(
+            f"{type(model).__name__} is not a model that layerscope can read: it {known}"
+        ) from error
+
+
+def why_unreadable(model: PreTrainedModel) -> str | None:
+    """Return why models of this kind cannot be read, where that is known; goes on from "it"."""
+    return obstacle(model.config)
 
 
 def is_listed(model: PreTrainedModel) -> bool:
     """Return True when the family table describes this model."""
-    return family_of(model.config.model_type) is not None
+    return family_of(model.config.model_type) is not None and why_unreadable(model) is None
 
 
 def bind(model: PreTrainedModel, family: Family) -> Structure:
@@ -111,78 +163,121 @@ def bind(model: PreTrainedModel, family: Family) -> Structure:
         ModelError: a module is missing.
     """
     config = model.config.get_text_config()
-    parallel = family.parallel
     blocks = _module(model, family.blocks, family)
+    parallel = family.parallel
+    if isinstance(parallel, str):
+        parallel = any(getattr(config, flag, False) for flag in parallel.split("|"))
+    if parallel:
+        family = replace(family, mlp_norm=None)
+    bound = tuple(
+        _block(model, f"{family.blocks}.{name}", family) for name, _ in blocks.named_children()
+    )
     return Structure(
-        family=family.name,
+        row=family,
         base=_module(model, family.blocks.rpartition(".")[0], family),
         embedding=Named(family.embedding, _module(model, family.embedding, family)),
-        position_embedding=_optional(model, "", family.position_embedding, family),
-        blocks=tuple(
-            _block(model, f"{family.blocks}.{name}", family) for name, _ in blocks.named_children()
-        ),
+        positions=_positions(model, family),
+        embedding_norm=_optional(model, "", family.embedding_norm, family),
+        blocks=bound,
         final_norm=Named(family.final_norm, _module(model, family.final_norm, family)),
         head=Named(family.head, _module(model, family.head, family)),
-        parallel=parallel if isinstance(parallel, bool) else bool(getattr(config, parallel)),
+        parallel=parallel,
         embedding_scale=_embedding_scale(config, family),
-        branch_scale=_constant(config, family.branch_scale),
-        logit_scale=_constant(config, family.logit_scale) / _constant(config, family.logit_divisor),
+        branch_scale=_constant((config, bound[0].whole.module), family.branch_scale),
+        logit_scale=_constant((config,), family.logit_scale)
+        / _constant((config,), family.logit_divisor),
         softcap=getattr(config, family.softcap, None) if family.softcap else None,
     )
 
 
 def _block(model: nn.Module, path: str, family: Family) -> Block:
     def part(name: str) -> Named:
-        return Named(f"{path}.{name}", _module(model, f"{path}.{name}", family))
+        return _named(model, path, name, family)
 
-    attention, mlp = part(family.attention), part(family.mlp)
+    attends = _first(model, path, family.attention) is not None
+    attention = part(family.attention if attends or not family.mixer else family.mixer)
+    mlp = part(family.mlp)
+    beside = family.mlp_beside and _first(model, path, family.mlp_beside)
     return Block(
         whole=Named(path, _module(model, path, family)),
         input_norm=_optional(model, path, family.input_norm, family),
         attention=attention,
-        attention_out=part(family.attention_out or family.attention),
+        attends=attends,
+        attention_out=part(family.attention_out) if family.attention_out else attention,
         mlp_norm=_optional(model, path, family.mlp_norm, family),
         mlp=mlp,
-        mlp_out=part(family.mlp_out or family.mlp),
+        mlp_beside=part(beside) if beside and not mlp.name.endswith(f".{beside}") else None,
+        mlp_out=part(family.mlp_out) if family.mlp_out else mlp,
         inner=_inner(model, path, family, attention, mlp),
     )
 
 
 def _inner(model: nn.Module, path: str, family: Family, attention: Named, mlp: Named) -> Inner:
-    def part(given: str | None, sublayer: Named, usual: tuple[str, ...]) -> Named | None:
+    def part(given: str | None, sublayer: Named, *usual: str) -> Named | None:
         if given is not None:
-            return _optional(model, path, given, family)
+            name = _first(model, path, given)
+            return None if name is None else _named(model, path, name, family)
         children = dict(sublayer.module.named_children())
         name = next((name for name in usual if name in children), None)
         return None if name is None else Named(f"{sublayer.name}.{name}", children[name])
 
-    experts = family.router is not None or hasattr(mlp.module, "experts")
+    mixture = family.router is not None or hasattr(mlp.module, "experts")
     up = pre = post = None
-    fused = family.fused
-    if not experts:
-        pre = part(family.pre, mlp, _FUSED_NAMES)
-        fused = fused or (family.pre is None and pre is not None)
-        pre = pre or part(None, mlp, _GATE_NAMES)
-        up = pre if fused else part(family.up, mlp, _UP_NAMES) if pre else None
-        pre = pre or part(None, mlp, _PRE_NAMES)
-        post = part(family.post, mlp, _POST_NAMES)
+    if not mixture:
+        pre = part(family.pre, mlp, *_FUSED_NAMES)
+        fused = family.fused or (family.pre is None and pre is not None)
+        pre = pre or part(None, mlp, *_GATE_NAMES)
+        up = pre if fused else part(family.up, mlp, *_UP_NAMES) if pre else None
+        pre = pre or part(None, mlp, *_PRE_NAMES)
+        post = part(family.post, mlp, *_POST_NAMES)
     return Inner(
-        query=part(family.query, attention, ("q_proj",)),
-        key=part(family.key, attention, ("k_proj",)),
-        out=part(family.out, attention, _OUT_NAMES),
+        query=part(family.query, attention, "q_proj", "q_b_proj"),
+        key=part(family.key, attention, "k_proj"),
+        value=part(family.value, attention, "v_proj"),
+        qkv=part(family.qkv, attention),
+        pattern=part(family.pattern, attention),
+        out=part(family.out, attention, *_OUT_NAMES),
         pre=pre,
         up=up,
         post=post,
-        router=part(family.router, mlp, _ROUTER_NAMES) if experts else None,
-        router_items=family.router_items,
+        activation=part(family.activation, mlp, *_ACTIVATION_NAMES),
+        router=part(family.router, mlp, *_ROUTER_NAMES) if mixture else None,
+        experts=part(family.experts, mlp) if mixture else None,
     )
 
 
-def _optional(model: nn.Module, prefix: str, name: str | None, family: Family) -> Named | None:
-    if name is None:
+def _positions(model: nn.Module, family: Family) -> Positions | None:
+    path = family.position_embedding
+    if path is None:
         return None
+    owner, _, attribute = path.rpartition(".")
+    held: nn.Module = model.get_submodule(owner)
+    if isinstance(getattr(held, attribute, None), Tensor):
+        return Positions(held, attribute, 0)
+    held = _module(model, path, family)
+    name = "weight" if hasattr(held, "weight") else "weights"
+    return Positions(held, name, int(getattr(held, "offset", 0)))
+
+
+def _first(model: nn.Module, prefix: str, names: str) -> str | None:
+    """Return the first of the alternatives "a|b" that exists, or None."""
+    for name in names.split("|"):
+        try:
+            model.get_submodule(f"{prefix}.{name}" if prefix else name)
+        except AttributeError:
+            continue
+        return name
+    return None
+
+
+def _named(model: nn.Module, prefix: str, names: str, family: Family) -> Named:
+    name = _first(model, prefix, names) or names
     path = f"{prefix}.{name}" if prefix else name
     return Named(path, _module(model, path, family))
+
+
+def _optional(model: nn.Module, prefix: str, name: str | None, family: Family) -> Named | None:
+    return None if name is None else _named(model, prefix, name, family)
 
 
 def _module(model: nn.Module, path: str, family: Family) -> nn.Module:
@@ -196,14 +291,20 @@ def _module(model: nn.Module, path: str, family: Family) -> nn.Module:
 
 
 def _embedding_scale(config: Any, family: Family) -> float:
-    if family.embedding_scale == "sqrt(d_model)":
-        return float(config.hidden_size) ** 0.5
-    return _constant(config, family.embedding_scale)
+    name, _, condition = (family.embedding_scale or "").partition(" if ")
+    if condition and not getattr(config, condition):
+        return 1.0
+    if name.startswith("sqrt(d_model)"):
+        scale = float(config.hidden_size) ** 0.5
+        # RecurrentGemma keeps it in bfloat16, whatever its own dtype.
+        rounded = name.endswith(" in bfloat16")
+        return float(torch.tensor(scale, dtype=torch.bfloat16)) if rounded else scale
+    return _constant((config,), name)
 
 
-def _constant(config: Any, name: str | None) -> float:
-    value = getattr(config, name, None) if name else None
-    return 1.0 if value is None else float(value)
+def _constant(holders: tuple[Any, ...], name: str | None) -> float:
+    values = (getattr(holder, name, None) for holder in holders if name)
+    return float(next((value for value in values if value is not None), 1.0))
 
 
 def _require_causal(model: PreTrainedModel) -> None:
@@ -262,6 +363,10 @@ def _guesses(model: PreTrainedModel) -> Iterator[Family]:
     }
     for layout in _layouts(norms):
         yield Family(**shared, **layout)
+    if hasattr(children[mlp], "experts"):
+        # A router of unknown ways: the rest may be as usual.
+        for layout in _layouts(norms):
+            yield Family(**shared, **layout, router_items=(None, None))
 
 
 def _find_blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:

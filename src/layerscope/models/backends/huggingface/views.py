@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,17 +42,40 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Whole:
-    """The whole tensor, times `scale`."""
+    """The whole tensor, times `scale`; batch and position axes that are one come apart."""
 
     scale: float = 1.0
 
-    def read(self, carried: Carried) -> Tensor:
+    def read(self, carried: Carried) -> Shaped[Tensor, "batch pos width"]:
         """Return the tensor."""
-        return carried.value if self.scale == 1.0 else carried.value * self.scale
+        value = _apart(carried)
+        return value if self.scale == 1.0 else value * self.scale
 
     def write(self, carried: Carried, value: Tensor) -> Tensor:
-        """Return the value."""
-        return value if self.scale == 1.0 else value / self.scale
+        """Return the value, its axes as they were."""
+        if self.scale != 1.0:
+            # Dividing what was multiplied does not give it back to the last bit.
+            before = _apart(carried)
+            value = torch.where(value == before * self.scale, before, value / self.scale)
+        return _joined(carried, value)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One of several residual streams that lie side by side along an axis."""
+
+    axis: int
+    index: int
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos d_model"]:
+        """Return the stream."""
+        return carried.value.select(self.axis, self.index)
+
+    def write(self, carried: Carried, value: Tensor) -> Tensor:
+        """Return all streams."""
+        whole = carried.value.clone()
+        whole.select(self.axis, self.index).copy_(value)
+        return whole
 
 
 @dataclass(frozen=True)
@@ -125,28 +148,60 @@ class Part:
 
     def read(self, carried: Carried) -> Float[Tensor, "batch pos width"]:
         """Return the part."""
-        return carried.value.chunk(self.count, dim=-1)[self.index]
+        return _apart(carried).chunk(self.count, dim=-1)[self.index]
 
     def write(self, carried: Carried, value: Tensor) -> Tensor:
         """Return all parts."""
-        whole = carried.value.clone(memory_format=torch.contiguous_format)
+        whole = _apart(carried).clone(memory_format=torch.contiguous_format)
         whole.chunk(self.count, dim=-1)[self.index].copy_(value)
-        return whole
+        return _joined(carried, whole)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A tensor whose batch and position axes are one, as routers of experts give them."""
+class FusedHeads:
+    """Queries, keys or values of all heads in the output of one projection that gives all three.
 
-    def read(self, carried: Carried) -> Shaped[Tensor, "batch pos width"]:
-        """Return the axes apart."""
-        if carried.value.ndim == 3:
-            return carried.value
-        return carried.value.unflatten(0, (carried.n_rows, -1))
+    Attributes:
+        groups: equal parts of the last axis, each with its own queries, keys and values.
+        start: where those wanted begin in a group.
+        n_heads: how many heads there are of them in a group.
+        width: numbers of a head.
+    """
+
+    groups: int
+    start: int
+    n_heads: int
+    width: int
+
+    def read(self, carried: Carried) -> Float[Tensor, "batch pos head d"]:
+        """Return the heads."""
+        return self._in(carried.value).flatten(-3, -2)
+
+    def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch pos width"]:
+        """Return the whole output."""
+        whole = carried.value.clone(memory_format=torch.contiguous_format)
+        self._in(whole).copy_(value.unflatten(-2, (self.groups, self.n_heads)))
+        return whole
+
+    def _in(self, whole: Tensor) -> Float[Tensor, "batch pos group head d"]:
+        span = slice(self.start, self.start + self.n_heads * self.width)
+        in_groups = whole.unflatten(-1, (self.groups, -1))
+        return in_groups[..., span].unflatten(-1, (self.n_heads, self.width))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The experts with the largest logits, by falling logit: [batch, pos, count]."""
+
+    count: int
+
+    def read(self, carried: Carried) -> Int[Tensor, "batch pos count"]:
+        """Return the numbers of the experts."""
+        return _apart(carried).topk(self.count, dim=-1).indices
 
     def write(self, carried: Carried, value: Tensor) -> Tensor:
-        """Return the axes as they were."""
-        return value if carried.value.ndim == 3 else value.flatten(0, 1)
+        """Raise: the choice is made inside the router."""
+        raise ModelError("the experts that a router chose cannot be edited; edit what it reads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +233,15 @@ class HeadOut:
     def write(self, carried: Carried, value: Tensor) -> Float[Tensor, "batch pos d_model"]:
         """Return the projection's output with this head's share exchanged."""
         return carried.value + (value - self.read(carried))
+
+
+def _apart(carried: Carried) -> Shaped[Tensor, "batch pos width"]:
+    value = carried.value
+    return value.unflatten(0, (carried.n_rows, -1)) if value.ndim == 2 else value
+
+
+def _joined(carried: Carried, value: Tensor) -> Tensor:
+    return value.flatten(0, 1) if carried.value.ndim == 2 else value
 
 
 def _plain(weight: object) -> bool:
