@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+from layerscope.lenses.artifacts import load_lens, read_details, save_lens
 from layerscope.lenses.base import Lens, NormChoice, NormSource
+from layerscope.lenses.fitted import (
+    BiasLens,
+    FittedLens,
+    JacobianLens,
+    PrismLens,
+    TemperatureLens,
+    TunedLens,
+)
 from layerscope.lenses.norm import NormLens
 from layerscope.lenses.raw import RawLens
 from layerscope.lenses.registry import LENS_NAMES, get_lens
+from layerscope.lenses.tuned_lens_library import read_tuned_lens, write_tuned_lens
 
-__all__ = ["LENS_NAMES", "Lens", "NormChoice", "NormLens", "NormSource", "RawLens", "get_lens"]
+__all__ = [
+    "LENS_NAMES",
+    "BiasLens",
+    "FittedLens",
+    "JacobianLens",
+    "Lens",
+    "NormChoice",
+    "NormLens",
+    "NormSource",
+    "PrismLens",
+    "RawLens",
+    "TemperatureLens",
+    "TunedLens",
+    "get_lens",
+    "load_lens",
+    "read_details",
+    "read_tuned_lens",
+    "save_lens",
+    "write_tuned_lens",
+]

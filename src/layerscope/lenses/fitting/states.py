@@ -1,0 +1,56 @@
+"""Residuals at sampled positions, and what the head sees there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layerscope.lenses.fitting.corpus import DataConfig, batches
+from layerscope.models.language_model import LanguageModel
+from layerscope.models.run import Capture
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """What a model computed at some positions.
+
+    Attributes:
+        residual: [layer, row, d_model] the residual of every row index of the model, 0 (the
+            embedding) to n_layers, in the dtype in which it was computed.
+        head: [row, d_model] the vectors that the model's own head unembeds, float32.
+    """
+
+    residual: Float[Tensor, "layer row d_model"]
+    head: Float[Tensor, "row d_model"]
+
+
+def row_sites(n_layers: int) -> list[str]:
+    """Return the sites of row 0 to n_layers."""
+    return ["resid_pre.0", *(f"resid_post.{layer}" for layer in range(n_layers))]
+
+
+@torch.no_grad()
+def states_at(
+    model: LanguageModel, ids: Int[Tensor, "batch pos"], positions: list[list[int]]
+) -> States:
+    """Run one batch and keep the residuals of the given positions of each sequence only."""
+    sites = row_sites(model.n_layers)
+    capture = Capture([*sites, "final_norm"], positions=positions)
+    result = model.run(ids, capture=capture, logits=None)
+    residual = torch.stack([result[site].flatten(0, 1) for site in sites])
+    return States(residual, result["final_norm"].flatten(0, 1).float())
+
+
+def collect(model: LanguageModel, ids: Int[Tensor, "sequence pos"], config: DataConfig) -> States:
+    """Return the sampled states of all sequences.
+
+    Memory: (n_layers + 2) x sequences x positions x d_model values.
+    """
+    parts = [states_at(model, part, positions) for part, positions in batches(ids, config)]
+    return States(
+        torch.cat([part.residual for part in parts], dim=1),
+        torch.cat([part.head for part in parts]),
+    )
