@@ -95,3 +95,16 @@ def test_a_cache_is_never_changed_and_its_rows_and_columns_can_be_chosen(family)
     cut = model.run([list(SEQUENCES[0][6:])], cache=single.before(6), logits="last").logits
     torch.testing.assert_close(cut, model.run(batch_of(0), logits="last").logits, **CLOSE)
     assert state_of(native(model)) == before
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_generation_steered_at_the_generated_tokens_is_that_of_hugging_face(family):
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    edits = [Add("attn_out.1", vector, coefficient=3.0)]
+    found, expected = (
+        load(family).generate(batch_of(side="left"), max_new_tokens=8, edits=edits, eos=False)
+        for load in (in_mlx, in_hugging_face)
+    )
+    assert found.ids == expected.ids
+    plain = in_mlx(family).generate(batch_of(side="left"), max_new_tokens=8, eos=False)
+    assert found.logprobs != plain.logprobs
