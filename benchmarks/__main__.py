@@ -1,8 +1,9 @@
-"""Run the benchmarks: ``python -m benchmarks [install] [NAME...]``.
+"""Run the benchmarks: ``python -m benchmarks [install [PEER...]] [NAME...]``.
 
 Results go to benchmarks/results as JSON, and are printed as a table.
 
-``install`` creates the peers' virtual environments first; peers that are not installed are skipped.
+``install`` creates the virtual environments of the named peers first, or of all; peers that are not
+installed are skipped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import importlib
 import os
 
-BENCHMARKS = ("readout", "capture", "lens", "layers", "load")
+from benchmarks.peers.environments import PEERS, install
+
+BENCHMARKS = ("readout", "capture", "lens", "layers", "load", "hooks", "generate")
 
 
 def main() -> None:
@@ -20,11 +23,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"install, {', '.join(BENCHMARKS)}")
     names: list[str] = parser.parse_args().names
     if "install" in names:
-        from benchmarks.peers.environments import PEERS, install
-
-        for peer in PEERS:
+        for peer in [name for name in names if name in PEERS] or PEERS:
             install(peer)
-    chosen = [name for name in names if name != "install"]
+    chosen = [name for name in names if name != "install" and name not in PEERS]
     if not names:
         chosen = list(BENCHMARKS)
     for name in chosen:

@@ -52,6 +52,7 @@ class Report:
     name: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     claims: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, job: str, timings: Mapping[str, Timing], **notes: Any) -> None:
         baseline = next(iter(timings.values())).median
@@ -82,6 +83,8 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         content = {"machine": machine(), "rows": self.rows, "claims": self.claims}
+        if self.remarks:
+            content["remarks"] = self.remarks
         path.write_text(json.dumps(content, indent=1) + "\n")
         return path
 
@@ -100,6 +103,8 @@ class Report:
             sign = "<=" if claim["at_most"] else ">="
             verdict = "met" if claim["met"] else "NOT MET"
             print(f"{verdict:8s} {claim['claim']}: {claim['measured']:.3f} {sign} {claim['bound']}")
+        for remark in self.remarks:
+            print(remark)
 
 
 def interleave(
