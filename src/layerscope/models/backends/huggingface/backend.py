@@ -38,6 +38,7 @@ from layerscope.readout.unembedding import Unembedding
 
 if TYPE_CHECKING:
     from layerscope.models.backends.base import NormChoice
+    from layerscope.models.batches import TokenBatch
     from layerscope.models.run import RunPlan
 
 # More than the windows of tiny models; the pattern must be right in and out of one.
@@ -125,6 +126,9 @@ class HuggingFaceBackend:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
         if plan.keep_cache or plan.cache is not None:
             self._require_cache()
+        batch = plan.batch
+        if not self.structure.row.left_padding and batch.padding_side == "left":
+            self._require_no_padding(batch)
         recorder = Recorder(plan, self._point)
         carriers = recorder.carriers
         kernels = {
@@ -234,11 +238,19 @@ class HuggingFaceBackend:
             CapabilityError: a pass in pieces is not the pass in one piece.
         """
         if self._continues is None:
-            self._continues = is_listed(self.model) or self._prove_cache()
+            can = self.structure.row.continues
+            self._continues = can and (is_listed(self.model) or self._prove_cache())
         if not self._continues:
             raise CapabilityError(
                 f"{self.info.family} cannot continue from stored keys and values: a pass in pieces "
                 "gives other numbers than one in one piece; run the whole sequence instead"
+            )
+
+    def _require_no_padding(self, batch: TokenBatch) -> None:
+        if not bool(batch.attention_mask.all()):
+            raise CapabilityError(
+                f"padding on the left changes the numbers of {self.info.family}; pad on the right "
+                "(padding_side='right')"
             )
 
     def _prove_cache(self) -> bool:

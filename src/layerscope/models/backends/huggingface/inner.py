@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,11 @@ from layerscope.models.backends.huggingface.views import (
 from layerscope.models.identities import relative_error
 from layerscope.models.sites import Site
 
-_KERNEL_SIDES = {"attn.q": "query", "attn.k": "key", "attn.v": "value"}
+_KERNEL_SIDES: dict[str, Literal["query", "key", "value"]] = {
+    "attn.q": "query",
+    "attn.k": "key",
+    "attn.v": "value",
+}
 _PARTS = {"q_pre": "q", "k_pre": "k", "v": "v"}
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerscope.errors import ModelError
-from layerscope.models.backends.huggingface.families import Family, family_of, obstacle
+from layerscope.models.backends.huggingface.families import Family, family_of
+from layerscope.models.backends.huggingface.obstacles import obstacle
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 _ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -56,7 +56,9 @@ class Whole:
         if self.scale != 1.0:
             # Dividing what was multiplied does not give it back to the last bit.
             before = _apart(carried)
-            value = torch.where(value == before * self.scale, before, value / self.scale)
+            exact = torch.where(value == before * self.scale, before, value / self.scale).detach()
+            divided = value / self.scale
+            value = exact + (divided - divided.detach()) if value.requires_grad else exact
         return _joined(carried, value)
 
 
@@ -218,7 +220,7 @@ class HeadOut:
         assert source is not None
         width = source.shape[-1] // self.n_heads
         span = slice(self.head * width, (self.head + 1) * width)
-        weight = self.projection.weight
+        weight: Any = self.projection.weight
         if isinstance(self.projection, nn.Linear) and _plain(weight):
             return source[..., span] @ weight[:, span].T
         if isinstance(self.projection, Conv1D) and _plain(weight):
