@@ -199,6 +199,12 @@ def test_missing_sites_say_why(kind):
         model.run(batch_of(0), capture="attn.0.kv_head.0.v")
 
 
+def test_an_object_without_a_branch_to_read_is_refused():
+    made = wrapped(BRIDGE, tiny("granite"))  # its attention's output has no hook point
+    with pytest.raises(ModelError, match=r"attn_out\.0.*Hugging Face backend"):
+        layerscope.load(made, tokenizer=tiny_tokenizer())
+
+
 def test_bad_requests_name_the_fix(kind):
     made = wrapped(kind, tiny("llama"))
     with pytest.raises(CapabilityError, match="move or cast"):

@@ -108,13 +108,7 @@ class TransformerLensBackend:
         """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
         if self.model.training:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
-        config = self.model.cfg
-        for option in ("use_attn_in", "use_split_qkv_input"):
-            if getattr(config, option, False):
-                raise CapabilityError(
-                    f"{option} gives every head a residual of its own to read, so there is no "
-                    f"attn_in: turn it off (model.set_{option}(False))"
-                )
+        self._require_one_input()
         if plan.keep_cache or plan.cache is not None:
             self._require_cache(plan)
         return self._execute(plan)
@@ -210,6 +204,16 @@ class TransformerLensBackend:
         shape = (len(plan.batch), self.info.n_kv_heads, int(self.model.cfg.d_head))
         return empty(self.info.n_layers, shape, self.device, self.dtype)
 
+    def _require_one_input(self) -> None:
+        """Refuse options under which heads do not read one and the same input."""
+        config = self.model.cfg
+        for option in ("use_attn_in", "use_split_qkv_input"):
+            if getattr(config, option, False):
+                raise CapabilityError(
+                    f"{option} gives every head a residual of its own to read, so there is no "
+                    f"attn_in: turn it off (model.set_{option}(False))"
+                )
+
     def _require_cache(self, plan: RunPlan) -> None:
         """Prove once that passes can be continued, and refuse what would not be kept.
 
@@ -253,6 +257,7 @@ class TransformerLensBackend:
 
     def _probe(self, carriers: Mapping[Site, Carrier]) -> Mapping[Site, Tensor]:
         """Run a few tokens and return what the carriers held that the pass reached."""
+        self._require_one_input()
         known = min(self.info.n_embeddings, self.info.d_vocab)
         n_tokens = min(_PROBE_TOKENS, self.info.n_ctx or _PROBE_TOKENS)
         batch = TokenBatch.from_ids([[index % known for index in range(n_tokens)]])

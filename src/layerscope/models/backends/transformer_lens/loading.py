@@ -25,6 +25,7 @@ from layerscope.models.backends.transformer_lens.backend import TransformerLensB
 from layerscope.models.backends.transformer_lens.structure import kind_of, structure_of
 from layerscope.models.devices import DeviceLike, DtypeLike, dtype_name
 from layerscope.models.identities import IdentityReport
+from layerscope.models.sites import LAYER_KINDS, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +145,25 @@ def open_model(
         trust_remote_code=trust_remote_code,
     )
     backend = TransformerLensBackend(structure_of(loaded.model))
+    _require_stream(backend, loaded.name)
     if not verify:
         return backend, loaded, None
     report = identities.check(backend)
     report.require(loaded.name)
     return backend, loaded, report
+
+
+def _require_stream(backend: TransformerLensBackend, name: str) -> None:
+    """Refuse an object that does not show the residual stream and what is added to it."""
+    sites = [Site("final_norm")]
+    for layer in range(backend.info.n_layers):
+        sites += [Site(kind, layer) for kind in LAYER_KINDS if kind != "resid_mid"]
+    for site in sites:
+        reason = backend.why_not(site)
+        if reason is not None:
+            raise ModelError(
+                f"{name} is refused: {reason}; use the Hugging Face backend for this model"
+            )
 
 
 def _boot(
