@@ -252,3 +252,11 @@ def test_the_missing_extra_names_the_pip_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
     with pytest.raises(ModelError, match=r"pip install 'layerscope\[transformer-lens\]'"):
         layerscope.load(tmp_path, tokenizer=tiny_tokenizer(), backend="transformer_lens")
+
+
+def test_a_bridge_that_computes_something_else_is_refused(tmp_path):
+    """TransformerLens wraps Cohere, and gets other logits than the model it wraps."""
+    tiny("cohere").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(IdentityError, match=r"gives other logits than the model itself .* use the"):
+        layerscope.load(tmp_path, backend="transformer_lens")

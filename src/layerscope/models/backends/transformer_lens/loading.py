@@ -7,9 +7,11 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from layerscope.errors import CapabilityError, ConfigError, ModelError
+from layerscope.errors import CapabilityError, ConfigError, IdentityError, ModelError
 from layerscope.models import identities
 from layerscope.models.backends.huggingface.fingerprints import (
     hash_tokenizer,
@@ -26,6 +28,8 @@ from layerscope.models.backends.transformer_lens.structure import kind_of, struc
 from layerscope.models.devices import DeviceLike, DtypeLike, dtype_name
 from layerscope.models.identities import IdentityReport
 from layerscope.models.sites import LAYER_KINDS, Site
+
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,8 @@ def open_model(
     """Load as `load_lens` does, and prove the identities unless `verify` is off.
 
     Raises:
-        IdentityError: the object is not what its sites would claim.
+        IdentityError: the object is not what its sites would claim, or a bridge put around a
+            folder's model gives other logits than the model.
         ModelError: it cannot be loaded, read or run.
     """
     loaded = load_lens(
@@ -198,6 +203,7 @@ def _boot(
     config = loaded.model.config
     if not config.architectures:
         config.architectures = [type(loaded.model).__name__]
+    before = _probe_logits(loaded.model, loaded)
     try:
         bridge: Any = TransformerBridge.boot_transformers(
             loaded.source,
@@ -214,4 +220,24 @@ def _boot(
             f"TransformerLens cannot wrap {loaded.source}: {type(error).__name__}: {line}"
         ) from error
     bridge.eval()
+    _require_same(before, _probe_logits(bridge, loaded), loaded)
     return LoadedLens(bridge, loaded.tokenizer, loaded.name, loaded.source, loaded)
+
+
+def _probe_logits(model: Any, loaded: LoadedModel) -> Float[Tensor, "pos vocab"]:
+    """Return the logits of a few tokens."""
+    known = loaded.model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[(13 + 7919 * index) % known for index in range(_PROBE_TOKENS)]])
+    with torch.no_grad():
+        output = model(ids.to(loaded.device))
+    return (output if isinstance(output, Tensor) else output.logits)[0].float()
+
+
+def _require_same(expected: Tensor, found: Tensor, loaded: LoadedModel) -> None:
+    """Refuse a bridge that does not compute what the model it was put around does."""
+    error = identities.relative_error(found, expected)
+    if not error <= identities.bound_of(loaded.dtype):
+        raise IdentityError(
+            f"the bridge that TransformerLens puts around {loaded.source} gives other logits than "
+            f"the model itself (off by {error:.2g} of the largest); use the huggingface backend"
+        )
