@@ -97,7 +97,7 @@ class Contender:
 def main(
     *,
     rounds: int = 3,
-    close_rounds: int = 12,
+    close_rounds: int = 14,
     decode_rounds: int = 2,
     tokens: tuple[int, ...] = (64, 256),
 ) -> Report:
@@ -164,7 +164,7 @@ def _add_rows(report: Report, contenders: list[Contender], tokens: int) -> None:
                     {contender.library: timings[job]},
                     **about,
                     **notes,
-                    ratio=_over_bare(timings, job),
+                    ratio=_ratio(timings[job], timings[BARE]),
                 )
 
 
@@ -175,14 +175,13 @@ def _add_decode_rows(report: Report, contenders: list[Contender], tokens: int) -
         for contender in contenders:
             timing = contender.timings(tokens).get(job)
             if timing is not None:
-                pair = {"plain": plain, job: timing}
                 ids = contender.checks[job, tokens]["tokens"]
                 report.add(
                     f"{job}, 64 tokens",
                     {contender.library: timing},
                     version=contender.about["version"],
                     tokens_per_s=len(ids) / timing.median,
-                    ratio=paired_ratio(pair, job, "plain"),
+                    ratio=_ratio(timing, plain),
                 )
 
 
@@ -198,23 +197,23 @@ def _claim_forward(report: Report, ours: Contender, tokens: int) -> None:
         ("residuals", "every residual", RESIDUALS_BOUND),
         ("every site", "every site", EVERY_SITE_BOUND),
     ):
-        ratio = _over_bare(timings, job)
+        ratio = _ratio(timings[job], timings[BARE])
         report.claim(f"{text} / bare forward, T={tokens}", ratio, bound)
 
 
 def _claim_decode(report: Report, ours: Contender, tokens: int) -> None:
     timings = ours.timings(tokens)
     if "decode" in timings:
-        ratio = paired_ratio(timings, "decode, no edit", "decode")
+        ratio = _ratio(timings["decode, no edit"], timings["decode"])
         text = "steered greedy decode, tokens per second / transformers' generate without an edit"
         report.claim(text, ratio, DECODE_BOUND, at_most=False)
 
 
-def _over_bare(timings: dict[str, Timing], job: str) -> float:
-    """Return the median ratio over the bare forward of the same turn."""
-    # Jobs without a bound have fewer rounds; they are the first.
-    bare = timings[BARE].seconds[: len(timings[job].seconds)]
-    return paired_ratio({"bare": Timing(bare), "job": timings[job]}, "job", "bare")
+def _ratio(job: Timing, base: Timing) -> float:
+    """Return the median ratio of two jobs over the turns that both took part in, the first ones."""
+    rounds = min(len(job.seconds), len(base.seconds))
+    pair = {"job": Timing(job.seconds[:rounds]), "base": Timing(base.seconds[:rounds])}
+    return paired_ratio(pair, "job", "base")
 
 
 def _noise(timings: dict[str, Timing]) -> float:

@@ -82,7 +82,7 @@ class Report:
     def save(self, folder: Path = RESULTS) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        content = {"machine": machine(), "rows": self.rows, "claims": self.claims}
+        content: dict[str, Any] = {"machine": machine(), "rows": self.rows, "claims": self.claims}
         if self.remarks:
             content["remarks"] = self.remarks
         path.write_text(json.dumps(content, indent=1) + "\n")
