@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from layerscope.readout import Divergences, Reference, Request, TokenSets, Unembedding, readout
+from layerscope.readout import Divergences, Reference, Request, TokenSets, Unembedding, fused
+from layerscope.readout import readout as any_readout
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+KERNELS = pytest.mark.parametrize(
+    "kernels",
+    ["plain", pytest.param("fused", marks=pytest.mark.skipif(not HAS_NUMBA, reason="no numba"))],
+)
 SEEDS = st.integers(0, 100_000)
 TOLERANCE = 1e-4
 
@@ -32,9 +41,13 @@ def _reference(result: Divergences | None) -> tuple[Tensor, Tensor, Tensor, Tens
     return first, second, third, fourth
 
 
+@KERNELS
 @given(seed=SEEDS, vocab=st.integers(2, 400), spread=st.floats(0.01, 30))
 @settings(max_examples=40, deadline=None)
-def test_bounds_and_inequalities(seed: int, vocab: int, spread: float) -> None:
+def test_bounds_and_inequalities(
+    seed: int, vocab: int, spread: float, kernels: fused.Kernels
+) -> None:
+    readout = functools.partial(any_readout, kernels=kernels)
     hidden, head = _rows(seed, 6, vocab, spread)
     result = readout(hidden, head, reference=Reference(index=torch.full((6,), 5)))
     assert result.entropy_bits is not None
@@ -51,11 +64,13 @@ def test_bounds_and_inequalities(seed: int, vocab: int, spread: float) -> None:
     assert (js <= (kl_to + kl_from) / 4 + TOLERANCE).all()
 
 
+@KERNELS
 @given(seed=SEEDS, shift=st.floats(-200, 200), spread=st.floats(0.1, 5))
 @settings(max_examples=30, deadline=None)
 def test_a_constant_added_to_all_logits_changes_no_distribution(
-    seed: int, shift: float, spread: float
+    seed: int, shift: float, spread: float, kernels: fused.Kernels
 ) -> None:
+    readout = functools.partial(any_readout, kernels=kernels)
     hidden, head = _rows(seed, 5, 120, spread)
     moved = Unembedding(head.weight, bias=torch.full((120,), shift))
     reference = Reference(index=torch.full((5,), 4))
@@ -68,9 +83,13 @@ def test_a_constant_added_to_all_logits_changes_no_distribution(
     torch.testing.assert_close(plain.logsumexp + shift, other.logsumexp, atol=1e-3, rtol=1e-5)
 
 
+@KERNELS
 @given(seed=SEEDS, vocab=st.integers(3, 300))
 @settings(max_examples=30, deadline=None)
-def test_masses_ranks_and_lists_agree_with_each_other(seed: int, vocab: int) -> None:
+def test_masses_ranks_and_lists_agree_with_each_other(
+    seed: int, vocab: int, kernels: fused.Kernels
+) -> None:
+    readout = functools.partial(any_readout, kernels=kernels)
     hidden, head = _rows(seed, 4, vocab, 1.0)
     k = min(20, vocab)
     everything = TokenSets.of([range(vocab)], torch.zeros(4, 1, dtype=torch.long))
@@ -84,9 +103,13 @@ def test_masses_ranks_and_lists_agree_with_each_other(seed: int, vocab: int) -> 
     torch.testing.assert_close(second.token_log2p, first.top_log2p)
 
 
+@KERNELS
 @given(seed=SEEDS, order=st.permutations(range(8)))
 @settings(max_examples=20, deadline=None)
-def test_the_order_of_rows_does_not_matter(seed: int, order: list[int]) -> None:
+def test_the_order_of_rows_does_not_matter(
+    seed: int, order: list[int], kernels: fused.Kernels
+) -> None:
+    readout = functools.partial(any_readout, kernels=kernels)
     hidden, head = _rows(seed, 8, 90, 1.0)
     to = torch.tensor(order)
     target = readout(hidden, head, reference=Reference(index=torch.full((8,), 7)))

@@ -7,10 +7,28 @@ import torch
 from torch import Tensor
 
 from layerscope.errors import ConfigError
-from layerscope.readout import Readout, Reference, Request, TokenSets, Unembedding, readout
+from layerscope.readout import (
+    Divergences,
+    Readout,
+    Reference,
+    Request,
+    TokenSets,
+    Unembedding,
+    fused,
+    readout,
+)
 from readout.reference import slow_cosine, slow_divergences, slow_logits, slow_rank, slow_row
 
 LAYERS, POSITIONS, WIDTH, VOCAB = 4, 5, 24, 333
+
+
+@pytest.fixture(autouse=True, params=["plain", "fused"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with either kind of passes."""
+    if request.param == "fused":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(fused, "FROM_LOGITS", 0 if request.param == "fused" else 1 << 60)
+    return request.param
 
 
 def _head(kind: str, dtype: torch.dtype = torch.float32, *, vocab: int = VOCAB) -> Unembedding:
@@ -324,7 +342,7 @@ def _floats(result: object, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             if value.is_floating_point():
                 found[prefix + name] = value
-        elif value is not None:
+        elif isinstance(value, Divergences):
             found |= _floats(value, f"{name}.")
     return found
 
@@ -393,9 +411,9 @@ def _agree(part: object, whole: object, needed: set[str]) -> None:
         other = getattr(whole, name)
         if isinstance(value, Tensor):
             torch.testing.assert_close(value, other, atol=1e-5, rtol=1e-5)
-        elif value is not None:
+        elif isinstance(value, Divergences):
             _agree(value, other, set())
-        else:
+        elif value is None:
             assert name not in needed or other is None
 
 

@@ -17,12 +17,13 @@ NATS = math.log(2.0)  # nats per bit
 Raw = dict[str, Tensor]
 
 
-def finish(raw: Raw, job: Job) -> Readout:
+def finish(raw: Raw, job: Job, *, kernels: str) -> Readout:
     """Build the Readout from the raw sums of all rows (logits in bits).
 
     Args:
         raw: CPU tensors in the caller's order: sums as `passes` and `part` name them.
         job: the call.
+        kernels: which passes took them.
     """
     request = job.request
     logsumexp, entropy = _moments(raw, "")
@@ -49,7 +50,7 @@ def finish(raw: Raw, job: Job) -> Readout:
                 )
                 values["reference_entropy_bits"] = _float(known)
             values[group] = _divergences(raw, group, job, (logsumexp, entropy), theirs, broken)
-    return Readout(nonfinite=broken, **values)
+    return Readout(nonfinite=broken, kernels=kernels, **values)
 
 
 def _moments(raw: Raw, prefix: str) -> tuple[Tensor, Tensor | None]:

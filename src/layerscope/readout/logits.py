@@ -10,7 +10,6 @@ from torch import Tensor
 
 from layerscope.products import ProductChoice
 from layerscope.products import products as product_scope
-from layerscope.readout import ranking
 from layerscope.readout.job import BITS, Job, take
 from layerscope.readout.plan import Budget, Tile
 from layerscope.readout.unembedding import untransformed
@@ -109,19 +108,25 @@ def most_likely(
     job: Job,
     tile: Tile,
     own: Int[Tensor, "group row"],
-    candidates: Sequence[ranking.Candidates],
+    likeliest: tuple[Float[Tensor, "group slot k"], Int[Tensor, "group slot k"]],
 ) -> dict[str, Tensor]:
-    """Return the most likely tokens of the caller's rows, and which set members are among them."""
+    """Return the most likely tokens of the caller's rows, and which set members are among them.
+
+    Args:
+        job: the call.
+        tile: which rows.
+        own: the caller's rows.
+        likeliest: logits and ids of the `job.n_likely` most likely tokens of every slot.
+    """
     request, n = job.request, tile.n_out
-    found = ranking.Candidates.join(candidates).largest(job.n_likely)
-    top_z, top_ids = (part.unflatten(0, tile.slots.shape) for part in found)
+    top_z, top_ids = likeliest
     raw = {"top_z": top_z[:, :n], "top_ids": top_ids[:, :n]}
     if request.overlap_k:
         if tile.paired:
             raw["against.top_ids"] = top_ids[:, n : 2 * n]
         if job.sets is not None:
-            likeliest = raw["top_ids"][:, :, None, None, : request.overlap_k]
-            raw["set_listed"] = (_members(job, own)[..., None] == likeliest).any(-1)
+            listed = raw["top_ids"][:, :, None, None, : request.overlap_k]
+            raw["set_listed"] = (_members(job, own)[..., None] == listed).any(-1)
     return raw
 
 

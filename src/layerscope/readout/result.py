@@ -52,6 +52,7 @@ class Readout:
     reference: Divergences | None = None
     reference_entropy_bits: Float[Tensor, " row"] | None = None
     against: Divergences | None = None
+    kernels: str = "plain"  # which passes ran: "plain", or the compiler of the fused ones
 
     @property
     def n_rows(self) -> int:

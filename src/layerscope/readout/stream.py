@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerscope.products import ProductChoice, Products, choose
-from layerscope.readout import finish, geometry, logits, ranking
+from layerscope.readout import finish, fused, geometry, logits, ranking
 from layerscope.readout.job import Job
 from layerscope.readout.part import Part, own_rows
 from layerscope.readout.plan import Budget, Tile, plan
@@ -28,6 +30,7 @@ def readout(
     tokens: Int[Tensor, "row n_tok"] | None = None,
     token_sets: TokenSets | None = None,
     products: Products | ProductChoice = "checked",
+    kernels: fused.Kernels = "auto",
     budget_bytes: int = 256 * 2**20,
 ) -> Readout:
     """Unembed all rows, tile by tile, and return their statistics; logits are never kept.
@@ -44,18 +47,23 @@ def readout(
         tokens: [row, n_tok] ids whose log-probability, rank and cosine are wanted; -1 for none.
         token_sets: sets of tokens whose probability mass is wanted.
         products: "checked" (the fastest float32-accurate product), "default" (torch as found).
+        kernels: "fused" (compiled passes, which need numba), "plain" (torch's own operations), or
+            "auto": fused for jobs of at least 2 ** 24 logits on a CPU where numba is installed,
+            else plain. They differ by float32 rounding; the result says which ran.
         budget_bytes: memory for tiles; the statistics themselves come on top.
 
     Returns:
         Readout of CPU tensors in the order of the rows.
 
     Raises:
-        ConfigError: shapes or ids do not fit, or the budget is below a few rows of logits.
+        ConfigError: shapes or ids do not fit, the budget is below a few rows of logits, or fused
+            kernels are asked for and cannot be had.
     """
     job = Job(hidden, unembedding, request or Request(), reference, against, tokens, token_sets)
     job.check()
     if isinstance(products, str):
         products = choose(products, device=hidden.device)
+    compiled = fused.load(kernels, job)
     workers = Workers.of(hidden.device)
     budget = Budget.of(
         budget_bytes,
@@ -73,11 +81,15 @@ def readout(
     )
     collector = Collector()
     with workers:
-        stream = _Stream(job, budget, tiles, products, workers)
+        stream = _Stream(job, budget, tiles, products, workers, compiled)
         for tile in tiles:
             stream.read(tile, collector)
         raw = collector.finish(n_rows=job.n_rows)
-        return finish.finish(raw | geometry.cosines(job), job)
+        ran = "plain" if compiled is None else compiled.VERSION
+        return finish.finish(raw | geometry.cosines(job), job, kernels=ran)
+
+
+Likeliest = tuple[Float[Tensor, "group slot k"], Int[Tensor, "group slot k"]]
 
 
 class _Stream:
@@ -90,7 +102,9 @@ class _Stream:
         tiles: list[Tile],
         products: ProductChoice,
         workers: Workers,
+        compiled: ModuleType | None,
     ) -> None:
+        self.compiled = compiled
         self.job, self.budget, self.products, self.workers = job, budget, products, workers
         d_vocab, device = job.unembedding.d_vocab, job.hidden.device
         worked_on = max(
@@ -98,13 +112,12 @@ class _Stream:
             for tile in tiles
         )
         n_tile = max(tile.slots.numel() for tile in tiles)
-        n_buffers = 3 if tiles[0].paired else 1
+        shape = (3 if tiles[0].paired else 1, worked_on * d_vocab)
+        if compiled is not None:
+            shape = (fused.SCRATCH_ROWS, d_vocab)
         self.block_length = ranking.block_length(d_vocab, job.n_likely)
         self.logits = torch.empty(n_tile * d_vocab, device=device)
-        self.scratch = [
-            torch.empty(n_buffers, worked_on * d_vocab, device=device)
-            for _ in range(budget.workers)
-        ]
+        self.scratch = [torch.empty(shape, device=device) for _ in range(budget.workers)]
         self.converted: list[Tensor] | None = None
         if job.unembedding.weight.dtype != torch.float32:
             shape = (budget.slice, job.unembedding.d_model)
@@ -136,6 +149,30 @@ class _Stream:
         collector.add(own.flatten(), _flattened(found))
         step = self.budget.worked_on(n_slots)
         parts = [slice(first, first + step) for first in range(0, n_groups, step)]
+        thresholds = found.get("token_z")
+        passes = self._plain if self.compiled is None else self._fused
+        raw, likeliest = passes(tile, z, parts, thresholds)
+        if likeliest is not None:
+            raw.update(logits.most_likely(job, tile, own, likeliest))
+        collector.add(own.flatten(), _flattened(raw))
+
+    def _fused(
+        self, tile: Tile, z: Tensor, parts: list[slice], thresholds: Tensor | None
+    ) -> tuple[dict[str, Tensor], Likeliest | None]:
+        assert self.compiled is not None
+        sums = fused.FusedTile(self.compiled, self.job, tile)
+
+        def work(part: slice, worker: int) -> None:
+            wanted = None if thresholds is None else thresholds[part]
+            sums.work(part, z[part], wanted, scratch=self.scratch[worker])
+
+        self.workers.map(work, parts, at_once=self.budget.workers)
+        return sums.own_rows(), sums.likeliest() if self.job.n_likely else None
+
+    def _plain(
+        self, tile: Tile, z: Tensor, parts: list[slice], thresholds: Tensor | None
+    ) -> tuple[dict[str, Tensor], Likeliest | None]:
+        job = self.job
 
         def work(part: slice, worker: int) -> tuple[ranking.Candidates | None, dict[str, Tensor]]:
             maxima = ranking.block_maxima(z[part], self.block_length)
@@ -144,14 +181,16 @@ class _Stream:
                 rows = (z[part].flatten(0, 1), maxima.flatten(0, 1))
                 likely = ranking.candidates(*rows, job.n_likely)
             passes = Part(job, tile, z[part], maxima.amax(-1), scratch=self.scratch[worker])
-            return likely, passes.sums(found["token_z"][part] if "token_z" in found else None)
+            return likely, passes.sums(None if thresholds is None else thresholds[part])
 
         done = self.workers.map(work, parts, at_once=self.budget.workers)
         raw = own_rows(tile, [sums for _, sums in done])
         candidates = [likely for likely, _ in done if likely is not None]
-        if candidates:
-            raw.update(logits.most_likely(job, tile, own, candidates))
-        collector.add(own.flatten(), _flattened(raw))
+        if not candidates:
+            return raw, None
+        found = ranking.Candidates.join(candidates).largest(job.n_likely)
+        top_z, top_ids = (part.unflatten(0, tile.slots.shape) for part in found)
+        return raw, (top_z, top_ids)
 
 
 def _flattened(values: dict[str, Tensor]) -> dict[str, Tensor]:
