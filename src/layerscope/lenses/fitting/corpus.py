@@ -163,8 +163,10 @@ def batch_at(
     generator = torch.Generator()
     chosen: list[list[int]] = []
     for row in range(len(part)):
-        sequence = index * config.batch + row
-        generator.manual_seed(((config.seed << 44) + (epoch << 28) + sequence) % 2**63)
+        # Hashed, because the generator takes no more than the lowest 32 bits of a seed.
+        words = f"{config.seed} {epoch} {index * config.batch + row}".encode()
+        digest = hashlib.blake2b(words, digest_size=4).digest()
+        generator.manual_seed(int.from_bytes(digest, "big"))
         drawn = torch.randperm(candidates, generator=generator)[: config.positions]
         chosen.append((drawn.sort().values + config.skip).tolist())
     return part, chosen
@@ -226,7 +228,6 @@ def _check_enough(
 ) -> None:
     if all(packer.full for packer in packers.values()):
         return
-    found = sum(len(packer) for packer in packers.values()) * length
     least = min(len(packers[name]) / needed[name] for name in SPLITS)
     advice = "give more text"
     if least * config.tokens * 0.9 >= length:
@@ -236,8 +237,10 @@ def _check_enough(
         )
         if tokens and evaluation:
             advice += f", or ask for less (tokens={tokens}, evaluation_tokens={evaluation})"
+    fit_on, validate, held_out = (
+        f"{len(packers[name]) * length:,} of {needed[name] * length:,} tokens" for name in SPLITS
+    )
     raise ConfigError(
-        f"{source.location} is too short for the fit: it packs to {found:,} tokens, and "
-        f"{sum(needed.values()) * length:,} are needed ({needed['train'] * length:,} to fit, "
-        f"{needed['held_out'] * length:,} to validate, as many held out); {advice}"
+        f"{source.location} is too short for the fit: it gives {fit_on} to fit on, {validate} to "
+        f"validate, {held_out} held out; {advice}"
     )

@@ -217,9 +217,9 @@ class TunedSteps:
         options = self._options
         rate = options.learning_rate * schedule(index, self.n_steps, options.warmup)
         for lens, parameters in self.parameters.items():
-            gradients = {
-                name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None
-            }
+            # In one order, whether or not a checkpoint was read: sums round by their order.
+            found = {name: parameters[name].grad for name in sorted(parameters)}
+            gradients = {name: grad for name, grad in found.items() if grad is not None}
             square = torch.stack(
                 [
                     gradient.flatten(1).square().sum(1) if gradient.ndim > 1 else gradient.square()

@@ -1,0 +1,228 @@
+"""Closed forms: what a fit must find where the answer is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerscope.errors import ConfigError, LensError
+from layerscope.lenses import JacobianLens, PrismLens, TemperatureLens, TunedLens
+from layerscope.lenses.fitting.loss import kl_to_teacher
+from layerscope.lenses.fitting.options import TunedOptions
+from layerscope.lenses.fitting.prism import Moments, PrismOptions, solve_prism
+from layerscope.lenses.fitting.states import States
+from layerscope.lenses.fitting.temperature import fit_temperatures
+from layerscope.lenses.fitting.translators import at_identity, regressed, scales_of
+from layerscope.readout.unembedding import Unembedding
+
+WIDTH, VOCABULARY = 6, 11
+
+
+class Plain:
+    """Two blocks; the norm changes nothing."""
+
+    n_layers = 2
+
+    def norm_at(self, row: int, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return "norm", lambda residual: residual
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head(**options: float) -> Unembedding:
+    return Unembedding(normal(VOCABULARY, WIDTH, seed=9), normal(VOCABULARY, seed=8), **options)
+
+
+def slow_kl(hidden: Tensor, teacher: Tensor, unembedding: Unembedding) -> Tensor:
+    """KL(teacher || lens) with autograd through the formula of the head, written out."""
+
+    def log_softmax(rows: Tensor) -> Tensor:
+        z = rows @ unembedding.weight.T
+        if unembedding.bias is not None:
+            z = z + unembedding.bias
+        z = z * unembedding.scale
+        if unembedding.softcap is not None:
+            z = unembedding.softcap * torch.tanh(z / unembedding.softcap)
+        return z.log_softmax(-1)
+
+    log_p, log_q = log_softmax(teacher), log_softmax(hidden)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 1.7, "softcap": 3.0}]
+)
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_the_fused_loss_and_its_gradient_are_those_of_autograd(
+    options: dict[str, float], budget: int
+) -> None:
+    unembedding = head(**options)
+    teacher, hidden = normal(7, WIDTH), normal(3, 7, WIDTH, seed=1).requires_grad_()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    loss = kl_to_teacher(hidden, teacher, unembedding, budget_bytes=budget)
+    (gradient,) = torch.autograd.grad((loss * weights).sum(), hidden)
+    slow = slow_kl(hidden, teacher, unembedding)
+    (expected,) = torch.autograd.grad((slow * weights).sum(), hidden)
+    torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_low_precision_head_is_converted_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Unembedding(normal(VOCABULARY, WIDTH).bfloat16())
+    exact = Unembedding(whole.weight.float())
+    monkeypatch.setattr("layerscope.lenses.fitting.loss._SLICE", 2 * WIDTH)
+    hidden, teacher = normal(2, 5, WIDTH, seed=1).requires_grad_(), normal(5, WIDTH, seed=2)
+    found = torch.autograd.grad(kl_to_teacher(hidden, teacher, whole).sum(), hidden)
+    wanted = torch.autograd.grad(kl_to_teacher(hidden, teacher, exact).sum(), hidden)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_temperatures_are_the_minimum_of_a_scan() -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(200, WIDTH)
+    factors = torch.tensor([0.02, 1.0, 40.0])
+    # The same states, too small or too large by a known factor; and noise on top.
+    hidden = (
+        teacher / factors[:, None, None]
+        + 0.2 * normal(3, 200, WIDTH, seed=3) / factors[:, None, None]
+    )
+    found = fit_temperatures(hidden, teacher, unembedding)
+    assert found.settled == [True] * 3
+    for layer in range(3):
+        best = float(found.inverse_temperature[layer])
+        near = best * torch.linspace(0.8, 1.25, 91)
+        scanned = [
+            float(slow_kl(hidden[layer].double() * scale, teacher.double(), _double(unembedding)))
+            for scale in near
+        ]
+        least = near[min(range(len(scanned)), key=scanned.__getitem__)]
+        assert best == pytest.approx(float(least), rel=0.01)
+        assert 0.5 < best / float(factors[layer]) < 1.1
+
+
+def test_exact_copies_get_exact_temperatures_however_extreme() -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(50, WIDTH)
+    hidden = torch.stack([teacher * 1e-4, teacher, teacher * 1e3])
+    found = fit_temperatures(hidden, teacher, unembedding)
+    torch.testing.assert_close(
+        found.inverse_temperature, torch.tensor([1e4, 1.0, 1e-3]), rtol=1e-3, atol=0.0
+    )
+
+
+def test_a_row_that_says_the_opposite_gets_an_infinite_temperature() -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(50, WIDTH)
+    found = fit_temperatures(-teacher[None], teacher, unembedding)
+    assert found.inverse_temperature.tolist() == [0.0]
+    lens = TemperatureLens(Plain(), {"inverse_temperature": torch.tensor([0.0, 2.0])})
+    assert torch.equal(lens.transform(teacher, 0), torch.zeros_like(teacher))
+    assert torch.equal(lens.transform(teacher, 1), 2 * teacher)
+    assert torch.equal(lens.transform(teacher, 2), teacher)
+
+
+@pytest.mark.parametrize("whitening", ["full", "diagonal"])
+def test_the_prism_recovers_a_planted_rotation(whitening: str) -> None:
+    rotation, _ = torch.linalg.qr(normal(WIDTH, WIDTH, seed=4))
+    spread = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.5, 0.2])
+    white = normal(4000, WIDTH)
+    white = (white - white.mean(0)) / white.std(0, correction=0)
+    if whitening == "full":  # make the sample exactly white
+        values, vectors = torch.linalg.eigh(white.T @ white / len(white))
+        white = white @ (vectors * values.rsqrt()) @ vectors.T
+    turned = white @ rotation
+    y_scale = spread.flip(0) if whitening == "full" else 1 / turned.std(0, correction=0)
+    x, y = white * spread + 5.0, turned * y_scale - 1.0
+    tensors = solve_prism(
+        Moments.zero(WIDTH).plus(x, y),
+        PrismOptions(whitening=whitening, rank=None),  # type: ignore[arg-type]
+    )
+    if whitening == "full":
+        torch.testing.assert_close(tensors["rotation"], rotation, rtol=1e-3, atol=1e-3)
+        assert float(tensors["gain"]) == pytest.approx(1.0, abs=1e-3)
+    identity = tensors["rotation"] @ tensors["rotation"].T
+    torch.testing.assert_close(identity, torch.eye(WIDTH), rtol=1e-4, atol=1e-4)
+    lens = PrismLens(Plain(), tensors)
+    error = (lens.transform(x, 0) - y).norm() / y.norm()
+    assert float(error) < (1e-3 if whitening == "full" else 0.05)
+    transposed = PrismLens(Plain(), {**tensors, "rotation": tensors["rotation"].T})
+    assert float((transposed.transform(x, 0) - y).norm() / y.norm()) > 0.5
+
+
+def test_a_prism_of_low_rank_keeps_the_correlated_directions() -> None:
+    white = normal(5000, WIDTH)
+    y = torch.cat([white[:, :2], normal(5000, WIDTH - 2, seed=5)], dim=1)
+    tensors = solve_prism(Moments.zero(WIDTH).plus(white, y), PrismOptions(rank=2))
+    guess = PrismLens(Plain(), tensors).transform(white, 0)
+    assert float((guess[:, :2] - y[:, :2]).norm() / y[:, :2].norm()) < 0.1
+    assert float(guess[:, 2:].norm() / y[:, 2:].norm()) < 0.1
+    assert int(torch.linalg.matrix_rank(tensors["rotation"], rtol=1e-4)) == 2
+
+
+def test_a_prism_of_too_few_rows_is_refused() -> None:
+    moments = Moments.zero(WIDTH).plus(normal(2 * WIDTH, WIDTH), normal(2 * WIDTH, WIDTH, seed=1))
+    with pytest.raises(LensError, match="too few to whiten 6"):
+        solve_prism(moments, PrismOptions())
+    with pytest.raises(ConfigError, match="rank is 0"):
+        PrismOptions(rank=0)
+    with pytest.raises(ConfigError, match="'diagonal' or 'full'"):
+        PrismOptions(whitening="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [None, WIDTH])
+def test_regression_recovers_a_planted_affine_map(rank: int | None) -> None:
+    maps, bias = 0.5 * normal(2, WIDTH, WIDTH, seed=6), normal(2, WIDTH, seed=7)
+    last = normal(3000, WIDTH)
+    # last = x + x @ map + bias, so x = (last - bias) @ inverse(1 + map)
+    inverse = torch.linalg.inv(torch.eye(WIDTH) + maps)
+    x = (last[None] - bias[:, None]) @ inverse
+    states = States(torch.cat([x, last[None]]), last)
+    scales = scales_of(x)
+    like = at_identity(2, WIDTH, TunedOptions(rank=rank), seed=0)
+    found = regressed([states], scales, like)
+    tensors = {**found, "bias": found["bias"] * scales[:, None]}
+    lens = TunedLens(Plain(), tensors)
+    for row in range(2):
+        error = (lens.transform(x[row], row) - last).norm() / last.norm()
+        assert float(error) < 0.02
+    assert torch.equal(lens.transform(last, 2), last)
+
+
+def test_translators_start_as_the_identity_with_one_factor_that_is_not_zero() -> None:
+    start = at_identity(2, WIDTH, TunedOptions(rank=3, temperature=True), seed=0)
+    assert float(start["down"].abs().min()) > 0
+    assert float(start["up"].abs().max()) == 0
+    assert start["log_inverse"].tolist() == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="beyond the width"):
+        TunedOptions(rank=WIDTH + 1).check(WIDTH)
+
+
+def test_the_jacobian_lens_multiplies_from_the_right_side() -> None:
+    jacobians = normal(2, WIDTH, WIDTH)
+    lens = JacobianLens(Plain(), {"jacobian": jacobians})
+    rows = normal(4, WIDTH, seed=1)
+    torch.testing.assert_close(
+        lens.transform(rows, 1), torch.einsum("ij,rj->ri", jacobians[1], rows)
+    )
+    assert torch.equal(lens.transform(rows, 2), rows)
+    with pytest.raises(LensError, match="norm='final'"):
+        JacobianLens(Plain(), {"jacobian": jacobians}, norm="next_norm")
+    with pytest.raises(LensError, match="shape"):
+        JacobianLens(Plain(), {"jacobian": jacobians[:1]})
+
+
+def _double(unembedding: Unembedding) -> Unembedding:
+    return Unembedding(unembedding.weight.double(), scale=unembedding.scale)
+
+
+def test_bits_and_nats_are_told_apart() -> None:
+    """A fair coin against a sure one: the loss is in nats."""
+    unembedding = Unembedding(torch.tensor([[30.0], [-30.0]]))
+    loss = kl_to_teacher(torch.zeros(1, 1, 1), torch.ones(1, 1), unembedding)
+    assert float(loss) == pytest.approx(math.log(2.0))
