@@ -190,6 +190,8 @@ def test_the_size_of_a_job_decides_and_nothing_else(monkeypatch: pytest.MonkeyPa
     assert _read(case, "auto").kernels == kernels.VERSION
     monkeypatch.setattr(fused, "FROM_LOGITS", 24 * 333 + 1)
     assert _read(case, "auto").kernels == "plain"
+    rule = fused.describe()
+    assert rule == {"numba": kernels.VERSION.removeprefix("numba "), "from_logits": 24 * 333 + 1}
 
 
 def test_without_numba_the_plain_passes_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ The reference may also be other hidden rows (``Reference(index=..., hidden=...)`
 
 from __future__ import annotations
 
+from layerscope.readout.fused import describe as describe_kernels
 from layerscope.readout.request import Reference, Request, TokenSets
 from layerscope.readout.result import Divergences, Readout
 from layerscope.readout.stream import readout
@@ -38,6 +39,7 @@ __all__ = [
     "TemperatureFit",
     "TokenSets",
     "Unembedding",
+    "describe_kernels",
     "fit_temperature",
     "readout",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from types import ModuleType
 from typing import Literal
 
@@ -44,6 +45,15 @@ def load(kernels: Kernels, job: Job) -> ModuleType | None:
             "or pass 'auto'"
         )
     return found
+
+
+def describe() -> dict[str, str | int | None]:
+    """Return the rule behind "auto" for provenance: numba's version, if any, and from what size."""
+    try:
+        version = importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {"numba": version, "from_logits": FROM_LOGITS}
 
 
 @functools.lru_cache(maxsize=1)

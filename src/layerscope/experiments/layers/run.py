@@ -21,6 +21,7 @@ from layerscope.measures.table import LayersTable, PromptInfo, TableMeta, confor
 from layerscope.models import LanguageModel, load
 from layerscope.models.vocabulary import ignore_mask
 from layerscope.products import choose
+from layerscope.readout import describe_kernels
 
 IGNORED_SAMPLE = 16
 
@@ -209,6 +210,7 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
         },
         "model": model.provenance(),
         "readout_products": choose(planned.config.products, device=model.device).to_dict(),
+        "readout_kernels": describe_kernels(),
         "run_products": choose(planned.config.run_products, device=model.device).to_dict(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),
