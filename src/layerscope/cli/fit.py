@@ -1,4 +1,4 @@
-"""``layerscope fit``: what a model needs in memory and where it fits, before it is loaded."""
+"""``layerscope fit``: what a model needs in memory, and where it fits; `fit_lens` has the rest."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from layerscope.cli import fit_lens
 from layerscope.cli.common import DeviceOption, DtypeOption, JsonOption, console, emit_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-HELP = """Say what a model needs in memory and where it fits, before it is loaded.
+HELP = """Say what a model needs in memory and where it fits; or fit a lens to a model.
 
 `layerscope fit MODEL` is short for `layerscope fit memory MODEL`.
 """
@@ -48,6 +49,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     group = typer.Typer(cls=DefaultGroup, no_args_is_help=True, rich_markup_mode="markdown")
     group.command(DEFAULT, help=MEMORY_HELP)(memory)
+    fit_lens.register(group)
     app.add_typer(group, name="fit", help=HELP)
 
 
