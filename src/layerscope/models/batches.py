@@ -118,6 +118,18 @@ class TokenBatch:
             return self.attention_mask
         return torch.cat([self.past_mask.to(self.attention_mask.device), self.attention_mask], 1)
 
+    def with_ids(self, ids: Int[Tensor, "batch pos"]) -> TokenBatch:
+        """Return the batch with other ids under the same padding; their texts are unknown."""
+        if ids.shape != self.ids.shape or ids.dtype != torch.long:
+            raise PromptError(
+                f"these ids are {ids.dtype} {list(ids.shape)}; the batch holds int64 "
+                f"{list(self.ids.shape)}"
+            )
+        other = copy.copy(self)  # not replace(): padding was checked when it was new
+        object.__setattr__(other, "ids", ids)
+        object.__setattr__(other, "offsets", ())
+        return other
+
     def continuing(self, past_mask: Bool[Tensor, "batch past"]) -> TokenBatch:
         """Return the batch as the continuation of stored keys and values with this mask.
 

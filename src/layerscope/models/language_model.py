@@ -459,9 +459,11 @@ class LanguageModel:
         return start(self, prompts, settings, edits=edits, capture=capture, keep_logits=keep_logits)
 
     def _check_context(self, batch: TokenBatch) -> None:
+        if self.n_ctx is None or batch.n_keys <= self.n_ctx:
+            return
         for row, length in enumerate(batch.lengths):
             past = batch.past_length(row)
-            if self.n_ctx is not None and past + length > self.n_ctx:
+            if past + length > self.n_ctx:
                 raise PromptError(
                     f"prompt {row} has {past} tokens in the cache and {length} more; the model's "
                     f"context holds {self.n_ctx}: shorten it by {past + length - self.n_ctx}"

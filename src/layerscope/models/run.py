@@ -284,7 +284,8 @@ def _logits(
             return "all"
         if logits != "last":
             raise ConfigError(f"logits={logits!r}; use 'all', 'last', None or positions")
-        logits = -1
+        left = batch.padding_side == "left"
+        return torch.tensor([[(batch.width if left else end) - 1] for end in batch.lengths])
     return columns_of(batch, range(len(batch)), logits)
 
 

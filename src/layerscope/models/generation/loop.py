@@ -127,6 +127,7 @@ class _Loop:
             _Row(Detokeniser(model.tokenizer, ids), StopStrings(settings.stop))
             for ids in self._prompt_ids
         ]
+        self._one_each = TokenBatch.from_ids([[0]] * len(batch))
         self._captured: dict[Site, list[Tensor]] = {}
         self._logits: list[Tensor] = []
 
@@ -148,8 +149,9 @@ class _Loop:
                 # A finished row goes on unseen: what it reads is its own last token.
                 # As a batch: a generated token may be the padding id.
                 assert result.cache is not None
-                batch = TokenBatch.from_ids([[row.ids[-1]] for row in self._rows])
-                edits = self._by_step.of_step(batch.continuing(result.cache.mask))
+                ids = torch.tensor([[row.ids[-1]] for row in self._rows])
+                batch = self._one_each.with_ids(ids)
+                edits = self._by_step.of_step(batch, result.cache.mask)
                 result = self._pass(batch, edits, result, last=not running)
             if not running:
                 break

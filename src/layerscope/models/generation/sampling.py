@@ -61,16 +61,14 @@ class Sampler:
         Raises:
             ModelError: the logits of a row are no numbers.
         """
-        wide = logits.detach().float()
-        wide = wide - wide.amax(dim=-1, keepdim=True)  # keeps the digits of large logits
-        totals = wide.exp().sum(dim=-1).log()
+        logprobs = torch.log_softmax(logits.detach().float(), dim=-1)
         if self._sampling.temperature == 0.0:
             chosen = logits.argmax(dim=-1)
         else:
             rows = logits.detach().to("cpu", torch.float64)
             drawn = [self._draw(row, draw) for row, draw in zip(rows, self._draws, strict=True)]
             chosen = torch.tensor(drawn, device=logits.device)
-        values = (wide.gather(1, chosen[:, None])[:, 0] - totals).tolist()
+        values = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
         for row, value in enumerate(values):
             if value != value:
                 raise ModelError(

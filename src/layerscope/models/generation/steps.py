@@ -58,8 +58,9 @@ class EditsByStep:
         """Return the edits of the pass over the prompts."""
         return _present(where(self._prompts) for where in self._in_prompt)
 
-    def of_step(self, batch: TokenBatch) -> list[Edit]:
-        """Return the edits of a pass over generated tokens."""
+    def of_step(self, batch: TokenBatch, past: Bool[Tensor, "batch past"]) -> list[Edit]:
+        """Return the edits of a pass over generated tokens that continues these columns."""
+        batch = batch.continuing(past)
         return _present(where(batch) for where in self._after)
 
     def _split(self, edit: Edit, longest: int) -> tuple[_Where, _Where | None]:

@@ -199,12 +199,15 @@ class HuggingFaceBackend:
         batch = plan.batch
         inputs: dict[str, Any] = {
             "input_ids": batch.ids.to(self.device),
-            "attention_mask": batch.key_mask.to(self.device, torch.long),
             "use_cache": plan.keep_cache or plan.cache is not None,
             "return_dict": True,
         }
-        if self._takes_position_ids:
-            inputs["position_ids"] = batch.position_ids().to(self.device)
+        # What continues a cache without any padding is placed by the model itself, and faster.
+        mask = batch.key_mask
+        if plan.cache is None or not bool(mask.all()):
+            inputs["attention_mask"] = mask.to(self.device, torch.long)
+            if self._takes_position_ids:
+                inputs["position_ids"] = batch.position_ids().to(self.device)
         if plan.cache is not None:
             assert isinstance(plan.cache, KeyValueCache)
             inputs["past_key_values"] = plan.cache.native()
@@ -220,7 +223,11 @@ class HuggingFaceBackend:
         cache = None
         if plan.keep_cache:
             cache = KeyValueCache.of(
-                output.past_key_values, plan.batch.key_mask, recorder.exchanged
+                output.past_key_values,
+                plan.batch.key_mask,
+                recorder.exchanged,
+                # A cache has none, and new tokens without padding bring none.
+                gaps=plan.cache is None or min(plan.batch.lengths) < plan.batch.width,
             )
         if plan.logits == "all":
             return output.logits, cache

@@ -39,9 +39,16 @@ class KeyValueCache:
 
     @classmethod
     def of(
-        cls, native: DynamicCache, mask: Bool[Tensor, "batch past"], exchanged: Exchanged = ()
+        cls,
+        native: DynamicCache,
+        mask: Bool[Tensor, "batch past"],
+        exchanged: Exchanged = (),
+        *,
+        gaps: bool = True,
     ) -> KeyValueCache:
         """Wrap what a pass filled, with edited keys and values in place of the model's own.
+
+        `gaps` says that there may be padding after a row's first token.
 
         Raises:
             CapabilityError: the model keeps other keys than those its attention kernel reads.
@@ -49,7 +56,9 @@ class KeyValueCache:
         for original, edited in exchanged:
             _exchange(native, original, edited)
         cache = cls(mask, native)
-        return cache._without_gaps() if bool((mask[:, :-1] & ~mask[:, 1:]).any()) else cache
+        if gaps and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            return cache._without_gaps()
+        return cache
 
     def native(self) -> DynamicCache:
         """Return a cache for one pass: appending to it makes new tensors and leaves these alone."""
@@ -78,7 +87,7 @@ class KeyValueCache:
 
     def _map(self, mask: Tensor, change: Callable[[Tensor], Tensor]) -> KeyValueCache:
         native = self.native()
-        for layer in native.layers:
+        for layer in _layers(native):
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = change(layer.keys), change(layer.values)
         return KeyValueCache(mask, native)
@@ -117,8 +126,13 @@ def continuation_error(base: Callable[..., Any], device: torch.device, *, positi
     return float(difference / whole[mask.bool()].abs().max())
 
 
+def _layers(native: DynamicCache) -> list[Any]:
+    """Return the layers, whose class declares more kinds than a cache without a config makes."""
+    return list(native.layers)
+
+
 def _exchange(native: DynamicCache, original: Tensor, edited: Tensor) -> None:
-    for layer in native.layers:
+    for layer in _layers(native):
         if layer.keys is original:
             layer.keys = edited
             return
