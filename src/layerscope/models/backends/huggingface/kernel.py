@@ -214,7 +214,13 @@ def attention_scores(
     """
     scaling = options.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ _for_queries(key, query.shape[1]).transpose(-1, -2) * scaling
+    # Query heads that share keys are one product, and scaling the smaller factor saves a pass; in
+    # low precision the order of eager attention is kept, for its rounding.
+    early = query.dtype in (torch.float32, torch.float64)
+    grouped = (query * scaling if early else query).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ key.transpose(-1, -2)).view(*query.shape[:-1], key.shape[-2])
+    if not early:
+        scores = scores * scaling
     softcap = options.get("softcap")
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -226,7 +232,7 @@ def attention_scores(
     hidden = _hidden(scores, attention_mask, {**options, "is_causal": causal})
     if isinstance(attention_mask, Tensor) and attention_mask.is_floating_point():
         scores = scores + attention_mask[..., : scores.shape[-1]]
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
 def _hidden(
@@ -270,14 +276,16 @@ def _pattern(
     """Return the softmax over keys (and the head's sink, which takes a share of its own)."""
     wide = scores.float()
     # Padding that may look nowhere looks nowhere; its softmax would be NaN.
-    nowhere = wide.isneginf().all(dim=-1, keepdim=True)
-    wide = wide.masked_fill(nowhere, 0.0)
+    nowhere = wide.amax(dim=-1, keepdim=True).isneginf()
+    padded = bool(nowhere.any())
+    if padded:
+        wide = wide.masked_fill(nowhere, 0.0)
     if sinks is not None:
         sink = sinks.to(wide).reshape(1, -1, 1, 1).expand(wide.shape[0], -1, wide.shape[2], 1)
         weights = torch.softmax(torch.cat([wide, sink], dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(wide, dim=-1)
-    return weights.masked_fill(nowhere, 0.0).to(scores.dtype)
+    return (weights.masked_fill(nowhere, 0.0) if padded else weights).to(scores.dtype)
 
 
 def _with_pattern(output: Any, plain: Tensor, edited: Tensor, value: Tensor) -> Any:
