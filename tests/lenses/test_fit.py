@@ -388,6 +388,20 @@ def test_a_lens_that_is_no_better_than_its_baseline_is_called_so() -> None:
     assert nan["improves"] is False
 
 
+def test_a_fit_that_gains_nothing_more_ends_early_with_the_best(text: Path) -> None:
+    options = TunedOptions(
+        start="identity", learning_rate=1e-9, steps=40, evaluate_every=2, patience=3
+    )
+    seen: list[Progress] = []
+    model = loaded("llama")
+    result = fit_lens("tuned", model, text, data=DATA, options=options, progress=seen.append)
+    assert [progress.step for progress in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1].steps == 40 and seen[-1].eta == 0.0
+    assert "validation KL tuned" in seen[-1].note
+    assert result.kl_bits["tuned"] == pytest.approx(result.kl_bits["norm"], abs=1e-3)
+    assert result.verdict["improves"] is False
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "cohere"])
 def test_held_out_kl_uses_the_true_head(family: str, text: Path) -> None:
     """Softcap, bias and scale: the norm lens at the last row is the model itself."""

@@ -102,7 +102,6 @@ class TunedSteps:
         if (index + 1) % self._every == 0 or index + 1 == self.n_steps:
             self._evaluate(index + 1)
             if self._idle >= self._options.patience:
-                self.stopped = None
                 return False
         return True
 
