@@ -158,6 +158,16 @@ class HuggingFaceBackend:
     def _point(self, site: Site) -> Point:
         return Point(_LOGITS) if site.kind == "logits" else self._points[site]
 
+    def why_lacking(self, capability: Capability) -> str:
+        """Return one line on why this model has not a capability, and what would have it."""
+        lost = capabilities_lost(self.model).get(capability)
+        if lost is not None:
+            return lost
+        return (
+            f"{self.info.family} on the {self.name} backend has no {capability.value} to continue "
+            "or keep; run the whole sequence instead"
+        )
+
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real module that normalises row `row` for a lens.
 
@@ -234,6 +244,8 @@ class HuggingFaceBackend:
         if plan.logits is None:
             return None, cache
         hidden: Tensor = output.last_hidden_state
+        if hidden.shape[1] == 1:  # one new token: nothing to choose
+            return self._head(hidden.expand(-1, plan.logits.shape[1], -1)), cache
         columns = plan.logits.to(hidden.device)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return self._head(hidden[rows[:, None], columns]), cache

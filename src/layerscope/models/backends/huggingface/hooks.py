@@ -185,7 +185,9 @@ def edited_value(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
         rows = planned.rows.to(value.device)
         columns = planned.columns.to(value.device)
         selected = take(value, rows, columns, axis)
-    mask = plan.batch.attention_mask.to(value.device)[rows[:, None], columns]
+    mask = plan.batch.attention_mask.to(value.device)
+    if not everything:
+        mask = mask[rows[:, None], columns]
     context = EditContext(planned.site, plan.batch, rows, columns, mask, value)
     if isinstance(planned.edit, Apply):
         with outside():
