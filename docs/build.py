@@ -1,4 +1,8 @@
-"""Build the reference: docs/cli.md from the commands' own help, docs/site/ from the docstrings."""
+"""Build the reference.
+
+docs/cli.md comes from the commands' own help, docs/families.md from the survey that the tests run
+on every class of models, docs/site/ from the docstrings.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,21 @@ def cli_reference() -> str:
     return "\n".join(line.rstrip() for line in text.replace("\b", "").splitlines()) + "\n"
 
 
+def families() -> str:
+    """Return the table of model families as Markdown."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from support.survey import EVERYTHING, family_table, survey
+
+    return family_table([survey(key) for key in EVERYTHING])
+
+
 def main() -> None:
-    """Write both references."""
+    """Write all references."""
+    (DOCS / "families.md").write_text(families(), encoding="utf-8")
     (DOCS / "cli.md").write_text(cli_reference(), encoding="utf-8")
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(DOCS / "site")]
     subprocess.run([*command, "layerscope"], check=True)
-    print(f"{DOCS / 'cli.md'}\n{DOCS / 'site' / 'index.html'}")  # noqa: T201
+    print(f"{DOCS / 'cli.md'}\n{DOCS / 'families.md'}\n{DOCS / 'site' / 'index.html'}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def test_identities_hold(name):
     model = layerscope.load(shared_path("models", name))
     assert model.name == name
     assert model.identities.passed
-    assert len(model.identities.identities) == 8
+    assert len(model.identities.identities) == 11
 
 
 def recorded(entry):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from layerscope.errors import (
     CapabilityError,
     ConfigError,
-    IdentityError,
-    ModelError,
     PromptError,
     nearest,
 )
@@ -35,11 +33,12 @@ from layerscope.readout.unembedding import Unembedding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from layerscope.models.backends.huggingface.loading import LoadedModel
+    from layerscope.models.backends.huggingface.loading import DeviceMap, LoadedModel
     from layerscope.models.backends.mlx.loading import LoadedMlx
     from layerscope.models.backends.transformer_lens.loading import LoadedLens
 
     Source: TypeAlias = str | Path | PreTrainedModel | nn.Module
+    Opened: TypeAlias = tuple[Backend, LoadedModel | LoadedLens | LoadedMlx, IdentityReport | None]
 
 _BACKENDS = ("huggingface", "mlx", "transformer_lens")
 
@@ -55,6 +54,7 @@ def load(
     trust_remote_code: bool = False,
     verify: bool = True,
     instruct: bool | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """Load a causal language model one can look into.
 
@@ -73,6 +73,7 @@ def load(
             family that is not in the table is always proved, with a second pass resumed midway.
         instruct: whether the model was tuned on its chat template; None decides by its name and
             tokenizer (`LanguageModel.tuning` says how).
+        device_map: "auto", or devices by module, to split a Hugging Face model over several GPUs.
 
     Raises:
         ModelError: the model cannot be loaded, or is not a causal language model.
@@ -83,94 +84,39 @@ def load(
             f"unknown backend '{backend}'{nearest(backend, _BACKENDS)}; available: "
             f"{', '.join(_BACKENDS)}"
         )
-    if backend == "mlx":
-        from layerscope.models.backends.mlx import open_model
-
-        opened, native, report = open_model(
-            source,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            verify=verify,
-        )
-        tuning = find_tuning(native.tokenizer, native.source, instruct=instruct)
-        return LanguageModel(opened, native, report, tuning=tuning)
-    from layerscope.models.backends.transformer_lens.structure import kind_of
-
-    if backend == "transformer_lens" or kind_of(source) is not None:
-        from layerscope.models.backends.transformer_lens.loading import open_model as open_lens
-
-        opened, lens, report = open_lens(
-            source,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            verify=verify,
-        )
-        tuning = find_tuning(lens.tokenizer, lens.source, instruct=instruct)
-        return LanguageModel(opened, lens, report, tuning=tuning)
-    from layerscope.models.backends.huggingface.loading import load_pretrained
-
-    loaded = load_pretrained(
-        cast("str | Path | PreTrainedModel", source),
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "verify": verify,
+    }
+    name, open_model = _opener(backend, source)
+    if device_map is not None:
+        if name != "huggingface":
+            raise ConfigError(f"device_map is for the huggingface backend, not for {name}")
+        options["device_map"] = device_map
+    opened, loaded, report = open_model(source, **options)
     tuning = find_tuning(loaded.tokenizer, loaded.source, instruct=instruct)
-    opened, report = _open(loaded, verify=verify)
     return LanguageModel(opened, loaded, report, tuning=tuning)
 
 
-def _open(loaded: LoadedModel, *, verify: bool) -> tuple[Backend, IdentityReport | None]:
-    """Return the backend whose structure passes the identities."""
-    from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
-    from layerscope.models.backends.huggingface.structure import (
-        is_listed,
-        structures,
-        why_unreadable,
-    )
+def _opener(backend: str, source: Source) -> tuple[str, Callable[..., Opened]]:
+    """Return the backend that is meant, and what opens a model with it; none is imported early."""
+    if backend == "mlx":
+        from layerscope.models.backends.mlx import open_model
 
-    listed = is_listed(loaded.model)
-    failures: list[ModelError] = []
-    for structure in structures(loaded.model):
-        backend = HuggingFaceBackend(loaded.model, structure)
-        if listed and not verify:
-            return backend, None
-        try:
-            # What passes several streams on cannot begin in the middle with one of them.
-            thorough = not listed and structure.row.stream is None
-            report = identities.check(backend, thorough=thorough)
-            report.require(loaded.name)
-        except ModelError as error:
-            failures.append(error)
-        # Foreign code runs here for the first time; whatever it raises means one thing.
-        except Exception as error:
-            line = " ".join(str(error).split())
-            kind = type(error).__name__
-            failure = ModelError(f"{loaded.name} cannot be run: {kind}: {line}")
-            failure.__cause__ = error
-            failures.append(failure)
-        else:
-            return backend, report
-    if listed:
-        raise failures[0]
-    known = why_unreadable(loaded.model)
-    if known is not None:
-        raise IdentityError(
-            f"{loaded.name} is not a model that layerscope can read: it {known} ({failures[0]})"
-        )
-    kind = loaded.model.config.model_type
-    raise IdentityError(
-        f"model type '{kind}' is not in the family table and no known layout fits it: "
-        f"{failures[0] if failures else 'its blocks are unlike any'}"
-    )
+        return backend, open_model
+    from layerscope.models.backends.transformer_lens.structure import kind_of
+
+    if backend == "transformer_lens" or kind_of(source) is not None:
+        from layerscope.models.backends.transformer_lens.loading import open_model
+
+        return "transformer_lens", open_model
+    from layerscope.models.backends.huggingface.opening import open_model
+
+    return backend, open_model
 
 
 class LanguageModel:
@@ -356,9 +302,7 @@ class LanguageModel:
             keep_cache=keep_cache,
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
-            raise CapabilityError(
-                f"the {self.backend.name} backend computes no gradients; use 'huggingface'"
-            )
+            raise CapabilityError(self.backend.why_lacking(Capability.GRADIENTS))
         with matrix_products(products) as choice:
             execution = self.backend.execute(planned)
         return RunResult(

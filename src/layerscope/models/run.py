@@ -300,10 +300,7 @@ def _layer(layer: int, n_layers: int, what: str) -> int:
 
 def _check_cache(backend: Backend, cache: Cache | None, keep: bool, partial: bool) -> None:
     if (cache is not None or keep) and Capability.CACHE not in backend.capabilities:
-        raise CapabilityError(
-            f"{backend.info.family} on the {backend.name} backend has no key-value cache to "
-            "continue or keep; run the whole sequence instead"
-        )
+        raise CapabilityError(backend.why_lacking(Capability.CACHE))
     if keep and partial:
         raise ConfigError(
             "keep_cache=True needs every block to run: leave out start and stop_after"

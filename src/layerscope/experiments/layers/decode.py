@@ -20,7 +20,7 @@ from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.prepare import PreparedPass
 from layerscope.lenses import Lens
 from layerscope.measures.table import JACCARD_K, LastRowInfo, PromptInfo
-from layerscope.models import LanguageModel, TokenBatch
+from layerscope.models import Capture, LanguageModel, TokenBatch
 from layerscope.models.vocabulary import is_ignorable
 from layerscope.readout import Readout, Reference, Request, TokenSets, fit_temperature, readout
 
@@ -107,7 +107,8 @@ class BatchDecoder:
         sites = ["resid_pre.0", *(f"resid_post.{layer}" for layer in range(self.n_rows - 1))]
         result = self.model.run(
             batch,
-            capture=sites,
+            # Blocks may lie on several devices; the readout is where the head is.
+            capture=Capture(sites, device=self.model.unembedding.weight.device),
             logits=[[item.length - 1] for item in passes],
             products=self.config.run_products,
         )

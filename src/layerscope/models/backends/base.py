@@ -146,6 +146,10 @@ class Backend(Protocol):
         """Run one forward pass; every site of the plan has fired, and nothing is left behind."""
         ...
 
+    def why_lacking(self, capability: Capability) -> str:
+        """Return one line on why this model has not a capability, and what would have it."""
+        ...
+
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real module that normalises row `row` for a lens."""
         ...

@@ -25,13 +25,13 @@ from layerscope.models.backends.huggingface.hooks import (
     Recorder,
     Resume,
     installed,
-    running,
     stopping_after,
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
 from layerscope.models.backends.huggingface.points import Points
 from layerscope.models.backends.huggingface.quantised import capabilities_lost
 from layerscope.models.backends.huggingface.structure import Named, Structure, is_listed
+from layerscope.models.backends.recording import running
 from layerscope.models.identities import bound_of
 from layerscope.models.sites import Site
 from layerscope.readout.unembedding import Unembedding
@@ -287,7 +287,8 @@ class HuggingFaceBackend:
         attentions = [block.attention.module for block in self.structure.blocks]
         probe = Probe()
         known = min(self.info.n_embeddings, self.info.d_vocab)
-        ids = torch.arange(_PROBE_TOKENS, device=self.device)[None] % known
+        length = min(_PROBE_TOKENS, self.info.n_ctx or _PROBE_TOKENS)
+        ids = torch.arange(length, device=self.device)[None] % known
         with torch.no_grad(), running(probe), TAPS.installed(attentions):
             self.structure.base(input_ids=ids, use_cache=False)
         return probe.shapes

@@ -10,7 +10,6 @@ import itertools
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,13 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from layerscope.errors import EditError, ModelError
+from layerscope.errors import ModelError
 from layerscope.models.backends.huggingface.views import Carried, View, Whole, first_tensor
-from layerscope.models.edits import Apply, EditContext, put, take
+from layerscope.models.backends.recording import Stop, current_run, edited_value
+from layerscope.models.edits import take
 from layerscope.models.run import PlannedCapture, PlannedEdit, RunPlan
 from layerscope.models.sites import Site
-
-_running: ContextVar[object | None] = ContextVar("layerscope_run", default=None)
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,6 @@ class Point:
 
     carrier: Carrier
     view: View = field(default_factory=Whole)
-
-
-class Stop(BaseException):
-    """Ends a forward pass early; not an Exception, so that no handler in between swallows it."""
 
 
 class Recorder:
@@ -173,58 +167,6 @@ class Recorder:
         self.activations[capture.site] = kept
 
 
-def edited_value(value: Tensor, planned: PlannedEdit, plan: RunPlan) -> Tensor:
-    """Return a site's value with one edit applied to its selected rows and columns."""
-    axis = planned.site.pos_axis
-    everything = planned.rows is None or planned.columns is None
-    if planned.rows is None or planned.columns is None:
-        rows = torch.arange(value.shape[0], device=value.device)
-        columns = torch.arange(value.shape[axis], device=value.device).expand(value.shape[0], -1)
-        selected = value
-    else:
-        rows = planned.rows.to(value.device)
-        columns = planned.columns.to(value.device)
-        selected = take(value, rows, columns, axis)
-    mask = plan.batch.attention_mask.to(value.device)
-    if not everything:
-        mask = mask[rows[:, None], columns]
-    context = EditContext(planned.site, plan.batch, rows, columns, mask, value)
-    if isinstance(planned.edit, Apply):
-        with outside():
-            edited = planned.edit.transform(selected, context)
-    else:
-        edited = planned.edit.transform(selected, context)
-    if edited.shape != selected.shape:
-        raise EditError(
-            f"{type(planned.edit).__name__} at '{planned.site}' gave shape {list(edited.shape)}; "
-            f"it must keep {list(selected.shape)}"
-        )
-    edited = edited.to(value.device, value.dtype)
-    return edited if everything else put(value, rows, columns, edited, axis)
-
-
-@contextmanager
-def running(run: object) -> Generator[None]:
-    """Make the hooks of `run`, and of no other, act in this thread."""
-    token = _running.set(run)
-    try:
-        yield
-    finally:
-        _running.reset(token)
-
-
-def current_run() -> object | None:
-    """Return the run whose forward pass this thread is in, or None."""
-    return _running.get()
-
-
-@contextmanager
-def outside() -> Generator[None]:
-    """Let nothing of the surrounding run act: for calls of a user's function."""
-    with running(None):
-        yield
-
-
 @contextmanager
 def installed(recorder: Recorder, carriers: Iterable[Carrier]) -> Generator[None]:
     """Keep hooks on the given carriers' modules, in their order."""
@@ -255,7 +197,7 @@ def stopping_after(run: object, block: nn.Module | None) -> Generator[None]:
         return
 
     def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
-        if _running.get() is run:
+        if current_run() is run:
             raise Stop
 
     handle = block.register_forward_hook(stop)
@@ -309,7 +251,7 @@ class Resume:
         ) -> Any:
             # Without kwargs: torch calls so when the hook is removed while another thread's pass,
             # which it does not concern, is about to call it.
-            if _running.get() is not run or kwargs is None:
+            if current_run() is not run or kwargs is None:
                 return None
             return _with_input(args, kwargs, residual.to(_first_tensor(args, kwargs)))
 
@@ -343,7 +285,7 @@ class Resume:
         original = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            run = _running.get()
+            run = current_run()
             if run is None or index >= self._first_block.get(run, 0):
                 return original(*args, **kwargs)
             if self._tuple_size is None:  # no full pass yet: compute this block, and discard it
@@ -365,7 +307,7 @@ def _input_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Without kwargs: another thread's pass, as in `Resume.at`.
-        if _running.get() is not recorder or kwargs is None:
+        if current_run() is not recorder or kwargs is None:
             return None
         if carrier.item:
             # Read only: the numbers of chosen experts, say.
@@ -391,7 +333,7 @@ def _output_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
     ) -> Any:
         # Without an output: another thread's pass, which torch calls without kwargs.
-        if _running.get() is not recorder or output is None:
+        if current_run() is not recorder or output is None:
             return None
         if carrier.call and next(calls) != carrier.call:
             return None
@@ -411,7 +353,7 @@ def _output_hook(recorder: Recorder, carrier: Carrier) -> Callable[..., Any]:
 
 def _summand_hook(recorder: Recorder, module: nn.Module) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if _running.get() is not recorder:
+        if current_run() is not recorder:
             return None
         recorder.summands[module] = first_tensor(output)
         # Gradients reach this module through the sum, not past it.

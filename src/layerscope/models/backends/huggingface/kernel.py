@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from layerscope.errors import CapabilityError
-from layerscope.models.backends.huggingface.hooks import Carrier, Recorder, current_run
+from layerscope.models.backends.huggingface.hooks import Carrier, Recorder
+from layerscope.models.backends.recording import current_run
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 # Low-precision patterns sum to one within this.

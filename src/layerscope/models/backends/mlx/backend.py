@@ -15,7 +15,6 @@ from torch import Tensor
 
 from layerscope.errors import CapabilityError, LensError, ModelError
 from layerscope.models.backends.base import Capability, Execution, ModelInfo
-from layerscope.models.backends.huggingface.hooks import Stop, outside, running
 from layerscope.models.backends.mlx.arrays import to_mlx, to_torch, torch_dtype
 from layerscope.models.backends.mlx.cache import KeyValueCache
 from layerscope.models.backends.mlx.kernel import KernelShape
@@ -25,6 +24,7 @@ from layerscope.models.backends.mlx.points import LOGITS, Points
 from layerscope.models.backends.mlx.recorder import Carrier, Recorder
 from layerscope.models.backends.mlx.structure import Named, Structure, linear_shape
 from layerscope.models.backends.mlx.taps import TAPS
+from layerscope.models.backends.recording import Stop, outside, running
 from layerscope.models.batches import TokenBatch
 from layerscope.models.edits import take
 from layerscope.models.identities import relative_error
@@ -137,6 +137,15 @@ class MlxBackend:
         if logits is not None and recorder.wants(LOGITS):
             logits = recorder.visit(LOGITS, logits)
         return Execution(recorder.finish(), logits, cache)
+
+    def why_lacking(self, capability: Capability) -> str:
+        """Return one line on why this model has not a capability, and what would have it."""
+        if capability is Capability.GRADIENTS:
+            return f"the {self.name} backend computes no gradients; use 'huggingface'"
+        return (
+            f"{self.info.family} on the {self.name} backend has no {capability.value} to continue "
+            "or keep; run the whole sequence instead"
+        )
 
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real norm of row `row` for a lens, as it takes tensors.

@@ -12,13 +12,13 @@ from mlx import nn
 from torch import Tensor
 
 from layerscope.errors import ModelError
-from layerscope.models.backends.huggingface.hooks import Stop
 from layerscope.models.backends.mlx.arrays import to_mlx, to_torch
 from layerscope.models.backends.mlx.cache import KeysAndValues, LayerCache
 from layerscope.models.backends.mlx.kernel import KernelCall, KernelShape
 from layerscope.models.backends.mlx.layout import Layout
 from layerscope.models.backends.mlx.recorder import Carrier
 from layerscope.models.backends.mlx.structure import Block, Named, Structure, linear_shape
+from layerscope.models.backends.recording import Stop
 
 
 class Watcher(Protocol):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from layerscope.models.backends.base import ModelInfo
-from layerscope.models.backends.huggingface.hooks import outside
 from layerscope.models.backends.huggingface.views import (
     Carried,
     Heads,
@@ -28,6 +27,7 @@ from layerscope.models.backends.mlx.arrays import to_mlx, to_torch
 from layerscope.models.backends.mlx.kernel import KernelShape
 from layerscope.models.backends.mlx.recorder import Carrier, Point
 from layerscope.models.backends.mlx.structure import Block, Named, Structure, linear_shape
+from layerscope.models.backends.recording import outside
 from layerscope.models.identities import relative_error
 from layerscope.models.sites import GLOBAL_KINDS, INNER_KINDS, LAYER_KINDS, Site
 

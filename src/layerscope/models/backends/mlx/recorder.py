@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layerscope.errors import ModelError
-from layerscope.models.backends.huggingface.hooks import edited_value
 from layerscope.models.backends.huggingface.views import Carried, View, Whole
+from layerscope.models.backends.recording import edited_value
 from layerscope.models.edits import take
 from layerscope.models.run import PlannedCapture, PlannedEdit, RunPlan
 from layerscope.models.sites import Site

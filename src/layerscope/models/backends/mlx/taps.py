@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mlx import nn
 
-from layerscope.models.backends.huggingface.hooks import current_run
+from layerscope.models.backends.recording import current_run
 
 KERNEL = "scaled_dot_product_attention"
 

@@ -24,12 +24,10 @@ from layerscope.models.backends.huggingface.hooks import (
     Point,
     Recorder,
     Resume,
-    Stop,
-    current_run,
     installed,
-    running,
     stopping_after,
 )
+from layerscope.models.backends.recording import Stop, current_run, running
 from layerscope.models.backends.transformer_lens.cache import HookedCache, empty
 from layerscope.models.backends.transformer_lens.points import Points
 from layerscope.models.backends.transformer_lens.structure import HOOKED, LensStructure
@@ -142,6 +140,13 @@ class TransformerLensBackend:
                 stack.enter_context(self._remembering_z(recorder, layer, latest_z))
             logits, cache = self._forward(plan, recorder)
         return Execution(recorder.finish(), logits, cache)
+
+    def why_lacking(self, capability: Capability) -> str:
+        """Return one line on why this model has not a capability, and what would have it."""
+        return (
+            f"{self.info.family} on the {self.name} backend has no {capability.value} to continue "
+            "or keep; run the whole sequence instead"
+        )
 
     def norm_at(self, row: int, choice: NormChoice) -> tuple[str, Callable[[Tensor], Tensor]]:
         """Return the dotted name and the real module that normalises row `row` for a lens.

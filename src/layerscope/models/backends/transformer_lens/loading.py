@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -226,8 +226,10 @@ def _boot(
 
 def _probe_logits(model: Any, loaded: LoadedModel) -> Float[Tensor, "pos vocab"]:
     """Return the logits of a few tokens."""
-    known = loaded.model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[(13 + 7919 * index) % known for index in range(_PROBE_TOKENS)]])
+    known = int(cast(Tensor, loaded.model.get_input_embeddings().weight).shape[0])
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    length = min(_PROBE_TOKENS, longest or _PROBE_TOKENS)
+    ids = torch.tensor([[(13 + 7919 * index) % known for index in range(length)]])
     with torch.no_grad():
         output = model(ids.to(loaded.device))
     return (output if isinstance(output, Tensor) else output.logits)[0].float()
