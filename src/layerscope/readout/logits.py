@@ -15,6 +15,10 @@ from layerscope.readout.plan import Budget, Tile
 from layerscope.readout.unembedding import untransformed
 from layerscope.readout.workers import Workers
 
+# Products of few rows with a wide matrix miss the fast routines of MKL; narrow ones find them.
+_FEW_ROWS = 32
+_NARROW = 512
+
 
 def multiply(
     job: Job,
@@ -37,7 +41,11 @@ def multiply(
         part = weight[tokens]
         if converted is not None:
             part = converted[worker][: len(part)].copy_(part)
-        torch.mm(in_bits, part.T, out=out[:, tokens])
+        given = out[:, tokens]
+        step = _NARROW if len(in_bits) <= _FEW_ROWS else len(part)
+        for first in range(0, len(part), step):
+            narrow = slice(first, first + step)
+            torch.mm(in_bits, part[narrow].T, out=given[:, narrow])
 
     slices = [slice(first, first + budget.slice) for first in range(0, len(weight), budget.slice)]
     with product_scope(products):
