@@ -53,7 +53,10 @@ class ModelInfo:
 
 
 class Cache(Protocol):
-    """The keys and values of a pass, for later passes to continue; never changed by one."""
+    """The keys and values of a pass, for later passes to continue; never changed by one.
+
+    Rows may hold padding anywhere: it neither counts as a position nor takes room in a window.
+    """
 
     @property
     def mask(self) -> Bool[Tensor, "batch past"]:

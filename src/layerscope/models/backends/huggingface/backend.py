@@ -63,7 +63,8 @@ class HuggingFaceBackend:
         self._resume = Resume([block.whole.module for block in structure.blocks])
         accepted = inspect.signature(structure.base.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
-        self._continues: bool | None = None  # whether passes can be continued; None: not yet known
+        # Why passes cannot be continued, "" where they can; None: not yet known.
+        self._no_cache: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -256,13 +257,15 @@ class HuggingFaceBackend:
         Raises:
             CapabilityError: a pass in pieces is not the pass in one piece.
         """
-        if self._continues is None:
-            can = self.structure.row.continues
-            self._continues = can and (is_listed(self.model) or self._prove_cache())
-        if not self._continues:
+        if self._no_cache is None:
+            if not self.structure.row.continues:
+                self._no_cache = "a pass in pieces gives other numbers than one in one piece"
+            else:
+                self._no_cache = "" if is_listed(self.model) else self._disprove_cache()
+        if self._no_cache:
             raise CapabilityError(
-                f"{self.info.family} cannot continue from stored keys and values: a pass in pieces "
-                "gives other numbers than one in one piece; run the whole sequence instead"
+                f"{self.info.family} cannot continue from stored keys and values: "
+                f"{self._no_cache}; run the whole sequence instead"
             )
 
     def _require_no_padding(self, batch: TokenBatch) -> None:
@@ -272,15 +275,20 @@ class HuggingFaceBackend:
                 "(padding_side='right')"
             )
 
-    def _prove_cache(self) -> bool:
+    def _disprove_cache(self) -> str:
+        """Return why a pass cannot be continued, "" where it can."""
         try:
-            error = continuation_error(
+            difference = continuation_error(
                 self.structure.base, self.device, positions=self._takes_position_ids
             )
         # Foreign code: whatever it raises when given a cache means that it takes none.
-        except Exception:
-            return False
-        return error <= bound_of(self.dtype)
+        except Exception as error:
+            return (
+                f"given a cache, it raised {type(error).__name__}: {' '.join(str(error).split())}"
+            )
+        if difference <= bound_of(self.dtype):
+            return ""
+        return f"a pass in pieces differs from one in one piece by {difference:.2g}, relatively"
 
     def _probe_kernels(self) -> dict[nn.Module, KernelShape]:
         """Run a few tokens and see what every block's attention kernel reads."""
