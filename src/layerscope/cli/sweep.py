@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layerscope.cli.common import DEFAULT_FOLDER, console
+from layerscope.cli.keep import load_quietly, show_progress
 from layerscope.errors import LayerscopeError
 from layerscope.experiments.layers import LayersConfig, LayersResult, Plan, PromptSet, execute, plan
 from layerscope.files import canonical_json, sha256_text
@@ -21,8 +20,6 @@ from layerscope.reports.html import write_html
 from layerscope.store import RunDir, Store, close_run_dir, open_run_dir
 
 REPORT = "report.html"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +149,8 @@ def _how(options: SweepOptions) -> list[Any]:
 
 def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: SweepOptions) -> Plan:
     """Load one model and check every prompt against it; nothing is written."""
-    from rich.markup import escape
 
-    screen = console(stderr=True)
-    with screen.status(f"loading {escape(model)}"), warnings.catch_warnings(record=True) as notes:
+    def prepared() -> Plan:
         loaded = load(
             model,
             device=options.device,
@@ -164,10 +159,9 @@ def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: Swee
             trust_remote_code=options.trust_remote_code,
             instruct=options.instruct,
         )
-        planned = plan(loaded, prompts, config)
-    for note in notes:  # a line each, without the place in our code
-        screen.print(f"note: {note.message}", markup=False, highlight=False, soft_wrap=True)
-    return planned
+        return plan(loaded, prompts, config)
+
+    return load_quietly(prepared, model)
 
 
 def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOutcome:
@@ -194,7 +188,7 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
                 dict(info.provenance or {}),
             )
             return ModelOutcome(model, "finished", run_id=run.id, result=result)
-        with _progress(planned.model.name) as progress:
+        with show_progress(planned.model.name, "prompts") as progress:
             result = execute(planned, units=run, progress=progress)
         files = write_run_files(result.table, result.summary, result.provenance, folder.path)
         for path in files:
@@ -203,33 +197,3 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
         run.finish(result.provenance)
         run.cleanup_units()
         return ModelOutcome(model, "finished", run_id=run.id, result=result, files=files)
-
-
-@contextmanager
-def _progress(name: str) -> Generator[Progress | None]:
-    """Show a bar with the time left on a terminal; stay quiet in a pipe."""
-    screen = console(stderr=True)
-    if not screen.is_terminal:
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts, elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=screen, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,12 +9,11 @@ from layerscope.experiments.layers.prompts import Fact, PromptSet
 from layerscope.experiments.layers.run import (
     LayersResult,
     Plan,
-    Progress,
-    UnitStore,
     analyze,
     execute,
     plan,
 )
+from layerscope.experiments.units import Progress, UnitStore
 
 __all__ = [
     "Fact",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import polars as pl
 
@@ -14,6 +14,7 @@ from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.decode import BatchDecoder
 from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, prepare, work_units
 from layerscope.experiments.layers.prompts import PromptSet
+from layerscope.experiments.units import Progress, UnitStore
 from layerscope.lenses import get_lens
 from layerscope.measures.copy import with_copy_flags
 from layerscope.measures.summary import summarise
@@ -24,20 +25,6 @@ from layerscope.products import choose
 from layerscope.readout import describe_kernels
 
 IGNORED_SAMPLE = 16
-
-Progress = Callable[[int, int], None]
-
-
-class UnitStore(Protocol):
-    """Where finished work units are kept, so that a killed run goes on where it stopped."""
-
-    def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any] | None] | None:
-        """Return a finished unit's rows and payload, or None."""
-        ...
-
-    def put_unit(self, key: str, frame: pl.DataFrame, payload: dict[str, Any]) -> None:
-        """Keep a finished unit; called once per unit."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Features: sparse dictionaries over activations, and what reads and edits them."""
