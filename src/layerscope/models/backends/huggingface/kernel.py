@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from layerscope.errors import CapabilityError
 from layerscope.models.backends.huggingface.hooks import Carrier, Recorder
 from layerscope.models.backends.recording import current_run
+from layerscope.models.identities import relative_error
 
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 # Low-precision patterns sum to one within this.
@@ -111,7 +112,7 @@ class Probe:
             scores = attention_scores(module, query, key, mask, options)
             pattern = _pattern(scores, options.get("s_aux"))
             mixed = (pattern @ _for_queries(value, query.shape[1])).transpose(1, 2)
-            error = float((mixed - given.reshape(mixed.shape)).abs().max() / mixed.abs().max())
+            error = relative_error(given.reshape(mixed.shape), mixed)
         except (CapabilityError, RuntimeError):
             error = math.inf
         known = self.shapes.get(module)
