@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from layerscope.lenses.fitting import FitResult, Kind, Progress
 
-DEFAULT_FOLDER = Path("layerscope-lenses")
+DEFAULT_FOLDER = "layerscope-lenses"
 
 _ABOUT = """
 
@@ -244,13 +244,13 @@ def _fit(
     where: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from layerscope.files import safe_name
+    from layerscope.lenses.find import default_folder
     from layerscope.lenses.fitting import TextSource, fit_lens
     from layerscope.models import load
 
     source = TextSource(text, field=where["field"], split=where["split"])
     opened = load(model, device=where["device"], dtype=where["dtype"])
-    folder = out or DEFAULT_FOLDER / safe_name(model) / kind
+    folder = out or default_folder(model, kind)
     with _progress(kind) as progress:
         result = fit_lens(
             kind, opened, source, folder, data=data, options=options, norm=norm, progress=progress

@@ -57,7 +57,15 @@ def layers(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="CSV or YAML file. Default: built-in suite.")
     ] = None,
-    lens: Annotated[str, typer.Option("--lens", help="Lenses, separated by commas.")] = "raw,norm",
+    lens: Annotated[
+        str,
+        typer.Option(
+            "--lens",
+            help="Lenses, separated by commas: raw, norm, and the fitted ones temperature, bias, "
+            "prism, tuned, jacobian. NAME=FOLDER reads a fitted lens from a folder, NAME alone "
+            "from where `layerscope fit` put it. auto: raw, norm and every fitted one there is.",
+        ),
+    ] = "raw,norm",
     norm: Annotated[
         str,
         typer.Option(
@@ -119,8 +127,10 @@ def layers(
         raise ConfigError(f"unknown --products {products!r}; use default or checked")
     if len(set(models)) < len(models):
         raise ConfigError("a model is named twice; name each once")
+    lenses, artifacts = parse_lenses(lens)
     config = LayersConfig(
-        lenses=tuple(name.strip() for name in lens.split(",") if name.strip()),
+        lenses=lenses,
+        artifacts=artifacts,
         norm_choice=norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         format=prompt_format,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         system=system,
@@ -141,6 +151,24 @@ def layers(
     sweep = run_sweep(models, chosen, config, options)
     show(sweep, as_json=as_json)
     return 2 if any(outcome.status == "failed" for outcome in sweep.outcomes) else 0
+
+
+def parse_lenses(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the names in a list such as ``raw,norm,tuned=FOLDER``, and the folders by name."""
+    from layerscope.errors import ConfigError
+
+    names: list[str] = []
+    folders: dict[str, str] = {}
+    for part in (piece.strip() for piece in text.split(",")):
+        name, equals, folder = (piece.strip() for piece in part.partition("="))
+        if not part:
+            continue
+        names.append(name)
+        if equals and not folder:
+            raise ConfigError(f"--lens {part} names no folder; write {name}=FOLDER, or {name}")
+        if folder:
+            folders[name] = folder
+    return tuple(names), folders
 
 
 def show(sweep: Sweep, *, as_json: bool) -> None:

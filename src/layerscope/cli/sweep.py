@@ -168,7 +168,8 @@ def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOu
     """Execute one plan inside the store, and write its files."""
     with store.start(
         experiment="layers",
-        config=planned.config.to_dict(),
+        # A folder may hold another lens than last time: what is in it is part of the run.
+        config={**planned.config.to_dict(), "lens_identity": planned.identity["lenses"]},
         model={"name": planned.model.name, **planned.model.provenance()},
         prompts=[
             {**asdict(item.source), "prompt_sha256": item.prompt_sha256}

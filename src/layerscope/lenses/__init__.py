@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layerscope.lenses.artifacts import load_lens, read_details, save_lens
 from layerscope.lenses.base import Lens, NormChoice, NormSource
+from layerscope.lenses.find import ALL_LENSES, FoundLens, default_folder, find_lenses
 from layerscope.lenses.fitted import (
     BiasLens,
     FittedLens,
@@ -18,9 +19,11 @@ from layerscope.lenses.registry import LENS_NAMES, get_lens
 from layerscope.lenses.tuned_lens_library import read_tuned_lens, write_tuned_lens
 
 __all__ = [
+    "ALL_LENSES",
     "LENS_NAMES",
     "BiasLens",
     "FittedLens",
+    "FoundLens",
     "JacobianLens",
     "Lens",
     "NormChoice",
@@ -30,6 +33,8 @@ __all__ = [
     "RawLens",
     "TemperatureLens",
     "TunedLens",
+    "default_folder",
+    "find_lenses",
     "get_lens",
     "load_lens",
     "read_details",

@@ -91,6 +91,14 @@ LAST_POSITION: dict[str, pl.DataType] = {
     "topk_jaccard_raw_norm": pl.Float64(),
 }
 
+# The order in which lenses are shown.
+LENS_ORDER: dict[str, int] = {
+    name: place
+    for place, name in enumerate(
+        ("norm", "raw", "temperature", "bias", "tuned", "prism", "jacobian")
+    )
+}
+
 ROW_SCHEMA: dict[str, pl.DataType] = IDENTITY | EVERY_POSITION | LAST_POSITION
 JACCARD_K = 50  # size of the token sets behind topk_jaccard_* and topk_prompt_mass
 
@@ -170,6 +178,8 @@ class TableMeta:
     ignored_token_count: int | None = None
     ignored_token_sample: tuple[str, ...] = ()
     prompts: tuple[PromptInfo, ...] = ()
+    # By lens: {status, reason} where it is not ready; else hash, held-out figures, warnings.
+    lenses: Mapping[str, Any] = field(default_factory=lambda: {})
     source: str = "layerscope"
     schema_version: int = SCHEMA_VERSION
     provenance: Mapping[str, Any] = field(default_factory=lambda: {})
@@ -236,8 +246,9 @@ class LayersTable:
 
     @property
     def lenses(self) -> list[str]:
-        """Names of the lenses in the table, in order of first appearance."""
-        return self.rows["lens"].unique(maintain_order=True).to_list()
+        """Names of the lenses in the table: norm, raw, the fitted ones, then any other."""
+        names: list[str] = self.rows["lens"].unique(maintain_order=True).to_list()
+        return sorted(names, key=lambda name: LENS_ORDER.get(name, len(LENS_ORDER)))
 
     def write_parquet(self, path: Path) -> None:
         """Write rows and metadata to one Parquet file (the caller renames it into place)."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from layerscope.errors import ConfigError, nearest
+from layerscope.lenses.find import ALL_LENSES, AUTO, FITTED_NAMES
 from layerscope.measures.config import MeasureConfig
 
 LENSES = ("raw", "norm")
+CHOICES = (*ALL_LENSES, AUTO)
 PROMPT_FORMATS = ("auto", "raw", "chat")
 MIB = 2**20
 
@@ -17,6 +21,10 @@ MIB = 2**20
 class LayersConfig:
     """What to decode, with which lenses, and how large a step may be.
 
+    `lenses` are names: `raw`, `norm`, the fitted ones (`temperature`, `bias`, `prism`, `tuned`,
+    `jacobian`), or `auto` for raw, norm and every fitted one there is for the model. `artifacts`
+    gives the folders of fitted lenses by name; those without one are looked for where
+    `layerscope fit` puts them.
     `norm_choice` is `final` (the final norm everywhere, as in the literature) or `next_norm` (the
     input norm of the next block, a compatibility mode). `products` names the matrix product of the
     readout, `run_products` that of the model's forward passes; `default` leaves torch as found.
@@ -29,6 +37,7 @@ class LayersConfig:
     """
 
     lenses: tuple[str, ...] = LENSES
+    artifacts: Mapping[str, str | Path] = field(default_factory=dict[str, str | Path])
     norm_choice: Literal["final", "next_norm"] = "final"
     format: Literal["auto", "raw", "chat"] = "auto"
     system: str | None = None
@@ -42,13 +51,7 @@ class LayersConfig:
     readout_bytes: int = 256 * MIB  # tiles of the readout
 
     def __post_init__(self) -> None:
-        for name in self.lenses:
-            if name not in LENSES:
-                raise ConfigError(
-                    f"unknown lens {name!r}{nearest(name, LENSES)}; known: {', '.join(LENSES)}"
-                )
-        if not self.lenses or len(set(self.lenses)) < len(self.lenses):
-            raise ConfigError("give each lens once, and at least one: raw, norm")
+        self._check_lenses()
         if self.norm_choice not in ("final", "next_norm"):
             raise ConfigError(
                 f"unknown norm choice {self.norm_choice!r}"
@@ -67,6 +70,31 @@ class LayersConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    def _check_lenses(self) -> None:
+        for name in self.lenses:
+            if name not in CHOICES:
+                raise ConfigError(
+                    f"unknown lens {name!r}{nearest(name, CHOICES)}; known: {', '.join(CHOICES)}"
+                )
+        if not self.lenses or len(set(self.lenses)) < len(self.lenses):
+            raise ConfigError("give each lens once, and at least one: raw, norm")
+        for name in self.artifacts:
+            if name not in FITTED_NAMES:
+                raise ConfigError(
+                    f"artifacts names {name!r}{nearest(name, FITTED_NAMES)}; folders belong to "
+                    f"{', '.join(FITTED_NAMES)}"
+                )
+            if name != "temperature" and name not in self.lenses and AUTO not in self.lenses:
+                raise ConfigError(
+                    f"artifacts gives a folder for {name!r}, which is no lens of this run; add it "
+                    "to lenses, or leave its folder out"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON-able values."""
-        return asdict(self)
+        artifacts = {name: str(path) for name, path in self.artifacts.items()}
+        return asdict(self) | {"artifacts": artifacts}
+
+    def content(self) -> dict[str, Any]:
+        """Return what decides the bytes of a result: all but where fitted lenses lie."""
+        return {name: value for name, value in self.to_dict().items() if name != "artifacts"}

@@ -161,7 +161,7 @@ def _key(group: Sequence[PreparedPass], config: LayersConfig, identity: Mapping[
     content = {
         "schema": SCHEMA_VERSION,
         "identity": dict(identity),
-        "config": config.to_dict(),
+        "config": config.content(),
         "passes": [[asdict(item.source), item.prompt_sha256] for item in group],
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)

@@ -15,7 +15,8 @@ from layerscope.experiments.layers.decode import BatchDecoder
 from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, prepare, work_units
 from layerscope.experiments.layers.prompts import PromptSet
 from layerscope.experiments.units import Progress, UnitStore
-from layerscope.lenses import get_lens
+from layerscope.lenses.base import Lens
+from layerscope.lenses.find import FoundLens, find_lenses
 from layerscope.measures.copy import with_copy_flags
 from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable, PromptInfo, TableMeta, conform, prompt_from_dict
@@ -54,6 +55,12 @@ class Plan:
     config: LayersConfig
     units: tuple[WorkUnit, ...]
     identity: Mapping[str, Any]
+    found: tuple[FoundLens, ...] = ()
+
+    @property
+    def lenses(self) -> tuple[Lens, ...]:
+        """The lenses of the run, ready to use."""
+        return tuple(entry.lens for entry in self.found if entry.lens is not None)
 
 
 def analyze(
@@ -75,6 +82,7 @@ def analyze(
         progress: called with (passes done, passes in all).
 
     Raises:
+        LensError: a fitted lens is missing, or does not fit the model.
         PromptError: a prompt is empty or too long. AlignmentError: an answer does not follow its
             prompt in whole tokens. Both before anything is computed.
     """
@@ -89,11 +97,16 @@ def plan(
     prompts = prompts or PromptSet.builtin()
     config = config or LayersConfig()
     prepared = prepare(model, prompts.passes(), config)
-    identity = {"model": model.provenance(), "versions": provenance.versions()}
+    found = find_lenses(config.lenses, model, norm=config.norm_choice, artifacts=config.artifacts)
+    identity = {
+        "model": model.provenance(),
+        "versions": provenance.versions(),
+        "lenses": {entry.name: dict(entry.identity) for entry in found if entry.lens is not None},
+    }
     units = work_units(
         prepared, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
     )
-    return Plan(model, prompts, config, tuple(units), identity)
+    return Plan(model, prompts, config, tuple(units), identity, found)
 
 
 def execute(
@@ -101,11 +114,7 @@ def execute(
 ) -> LayersResult:
     """Carry out a plan unit by unit and measure the whole table."""
     watch = provenance.Stopwatch()
-    lenses = [
-        get_lens(name, planned.model, norm=planned.config.norm_choice)
-        for name in planned.config.lenses
-    ]
-    decoder = BatchDecoder(planned.model, lenses, planned.config)
+    decoder = BatchDecoder(planned.model, planned.lenses, planned.config)
     frames: list[pl.DataFrame] = []
     infos: list[PromptInfo] = []
     total, done = sum(len(unit.passes) for unit in planned.units), 0
@@ -172,6 +181,7 @@ def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
         ignored_token_count=len(ignored),
         ignored_token_sample=tuple(strings[token] for token in ignored[:IGNORED_SAMPLE]),
         prompts=tuple(infos),
+        lenses={entry.name: entry.to_dict() for entry in planned.found},
         provenance={"prompts_sha256": planned.prompts.digest()},
     )
 
@@ -194,6 +204,9 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
             "sha256": planned.prompts.digest(),
             "format": chosen_format(model, planned.config),
             "format_reason": _format_reason(planned),
+        },
+        "lenses": {
+            entry.name: {**entry.to_dict(), "folder": entry.folder} for entry in planned.found
         },
         "model": model.provenance(),
         "readout_products": choose(planned.config.products, device=model.device).to_dict(),
