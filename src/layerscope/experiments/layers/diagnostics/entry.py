@@ -1,0 +1,93 @@
+"""All checks of a finished run, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from layerscope.errors import LayerscopeError
+from layerscope.experiments.layers.diagnostics.decoding_point import decoding_point
+from layerscope.experiments.layers.diagnostics.last_row import last_row_consistency
+from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.repeatability import (
+    forward_of_two,
+    repeatability,
+)
+from layerscope.experiments.layers.diagnostics.sections import Section, Skipped, skipped
+from layerscope.experiments.layers.diagnostics.settings import Settings
+from layerscope.experiments.units import Progress, UnitStore, work_key
+from layerscope.lenses.base import Lens
+from layerscope.measures.table import LayersTable
+
+if TYPE_CHECKING:
+    from layerscope.experiments.layers.run import Plan
+
+CHECKS: dict[str, Callable[[Material], Section]] = {
+    "last_row_consistency": last_row_consistency,
+    "repeatability": repeatability,
+    "forward_of_two": forward_of_two,
+    "decoding_point": decoding_point,
+}
+SECTIONS = tuple(CHECKS)
+
+
+def diagnose(
+    planned: Plan,
+    lenses: Mapping[str, Lens] | Sequence[Lens],
+    table: LayersTable,
+    *,
+    level: str = "standard",
+    units: UnitStore | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Section]:
+    """Make every check of a finished run that needs the model again.
+
+    Args:
+        planned: the run.
+        lenses: those it was decoded with.
+        table: its rows.
+        level: "standard" (eight passes, 2048 tokens of text) or "full".
+        units: where finished sections are kept, so that a killed run goes on after the last one.
+        progress: called with (sections done, sections in all).
+
+    Returns:
+        One JSON-able section per check: ``{"status": "ok", "gates": ..., "warnings": ...}`` with
+        its figures, or ``{"status": "skipped", "reason": ...}``.
+
+    Raises:
+        ConfigError: unknown level.
+    """
+    settings = Settings.of(level)
+    named = lenses if isinstance(lenses, Mapping) else {lens.name: lens for lens in lenses}
+    material = Material(planned, named, table, settings)
+    found: dict[str, Section] = {}
+    for name, check in CHECKS.items():
+        key = _key(planned, name, settings, table)
+        found[name] = _kept(units, key) or _make(check, material)
+        if units is not None and _kept(units, key) is None:
+            units.put_unit(key, pl.DataFrame({"section": [name]}), found[name])
+        if progress is not None:
+            progress(len(found), len(CHECKS))
+    return found
+
+
+def _make(check: Callable[[Material], Section], material: Material) -> Section:
+    """Carry out one check; what the model cannot do becomes the reason of a skipped section."""
+    try:
+        return check(material)
+    except (Skipped, LayerscopeError) as reason:
+        return skipped(str(reason))
+
+
+def _kept(units: UnitStore | None, key: str) -> Section | None:
+    kept = units.get_unit(key) if units is not None else None
+    return None if kept is None else kept[1]
+
+
+def _key(planned: Plan, name: str, settings: Settings, table: LayersTable) -> str:
+    # The keys of the run's own units cover configuration, prompts, lenses, weights and versions.
+    return work_key(
+        "layers.diagnostics", name, settings.to_dict(), [unit.key for unit in planned.units]
+    )
