@@ -64,6 +64,26 @@ class MeasureConfig:
     monotonic_r2: float = 0.70
     growth_z: float = 8.0
     growth_factor: float = 3.0
+    # the same prompt twice
+    repeat_rank_dev: float = 5.0
+    repeat_flip_rate: float = 0.02
+    repeat_tolerance_layers: int = 1
+    repeat_jaccard: float = 0.5
+    # another norm, scaled logits, another lens
+    decoding_jaccard: float = 0.5
+    gate_scales: tuple[float, ...] = (0.90, 0.95, 1.05, 1.10)
+    gate_pass_share: float = 0.75
+    consistency_min: float = 0.30
+    # other positions
+    position_share: float = 0.5
+    position_in_dist: float = 0.92  # fractions of the sequence up to here were trained on
+    position_ood: float = 0.96  # and from here on were not
+    # the tuned lens
+    tuned_rotation_bits: float = 0.2
+    tuned_temperature_share: float = 0.8
+    prefer_tuned_rows: int = 2
+    prefer_tuned_depth: float = 0.05
+    skip_increase: float = 0.05  # of perplexity, with 2 blocks left out
 
     def __post_init__(self) -> None:
         self._check_unit()
@@ -87,6 +107,14 @@ class MeasureConfig:
         for name, value in unit.items():
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a probability and must be in [0, 1]")
+        for name in (
+            *("repeat_flip_rate", "repeat_jaccard", "decoding_jaccard", "gate_pass_share"),
+            *("position_share", "position_in_dist", "position_ood", "prefer_tuned_depth"),
+        ):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it is a share and must be in [0, 1]"
+                )
 
     def _check_lengths(self) -> None:
         """Refuse tuples whose entries have a meaning each and that are too short or too long."""
@@ -109,7 +137,10 @@ class MeasureConfig:
             raise ConfigError("copy windows must have a length of at least 1; give e.g. 1,2,3")
         if self.rank_thresholds and min(self.rank_thresholds) < 1:
             raise ConfigError(f"rank_thresholds is {self.rank_thresholds}; ranks begin at 1")
-        for name in ("confirm_window", "window_radius", "window_radius_high"):
+        for name in (
+            *("confirm_window", "window_radius", "window_radius_high"),
+            *("repeat_tolerance_layers", "prefer_tuned_rows"),
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}; it counts rows, give 0 or more"
@@ -126,6 +157,8 @@ class MeasureConfig:
             value: float = getattr(self, name)
             if not 0.0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}; it divides, give a number above 0")
+        if not self.gate_scales or not all(0.0 < s < math.inf for s in self.gate_scales):
+            raise ConfigError(f"gate_scales is {self.gate_scales}; give numbers above 0, e.g. 0.9")
         if not self.raw_kl_medium_bits <= self.raw_kl_high_bits:
             raise ConfigError(
                 f"raw_kl_medium_bits is {self.raw_kl_medium_bits}; give at most raw_kl_high_bits, "
