@@ -1,31 +1,15 @@
-"""The diagnostic sections that a run adds to its summary: their names, and the skipped ones.
+"""Diagnostic sections: what a run that looks at its model again adds to a summary.
 
-A run puts them under `summary["diagnostics"]`, each a plain dict. What did not run is
-`{"status": "skipped", "reason": ...}`; a section that is absent was never asked for.
+They stand under `summary["diagnostics"]`, by name, each a plain dict. A section that ran holds
+`status: "ok"`, `gates` (by name: True holds, False fails, None could not be decided), `thresholds`,
+`warnings` (one line each) and its figures. What did not run is `{"status": "skipped", "reason"}`; a
+section that is absent was never asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-# Names of the sections, and the function of this package that makes each of them.
-MADE_BY: dict[str, str] = {
-    "repeatability": "layerscope.measures.repeatability.repeatability",
-    "repeatability_forward": "layerscope.measures.repeatability.repeatability_forward",
-    "decoding_point": "layerscope.measures.decoding_point.decoding_point",
-    "gate_stability_small_scale": "layerscope.measures.gate_stability.gate_stability",
-    "lens_consistency": "layerscope.measures.lens_consistency.lens_consistency",
-    "position_window": "layerscope.measures.position_window.position_window",
-    "skip_layers_sanity": "layerscope.measures.skip_layers.skip_layers",
-    "tuned_audit": "layerscope.measures.tuned_audit.tuned_audit",
-    "tuned_attribution": "layerscope.measures.sidecar.attribution",
-    "prism_summary": "layerscope.measures.sidecar.sidecar_metrics",
-    "head_transforms": "layerscope.measures.head_transforms.head_transforms",
-    "copy_mask": "layerscope.measures.copy_mask.copy_mask",
-    "normalization_provenance": "layerscope.measures.normalisation.normalisation_provenance",
-    "tau_norm_per_layer": "a fitted temperature lens: one number per row",
-}
+from typing import Any, cast
 
 
 def skipped(reason: str) -> dict[str, str]:
@@ -33,9 +17,20 @@ def skipped(reason: str) -> dict[str, str]:
     return {"status": "skipped", "reason": reason}
 
 
-def ran(sections: Mapping[str, Any] | None, name: str) -> dict[str, Any] | None:
+def ran(sections: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
     """Return a section that ran, None when it is absent, skipped or failed."""
     section = (sections or {}).get(name)
-    if not isinstance(section, Mapping) or section.get("status", "ok") != "ok":
+    if not isinstance(section, Mapping):
         return None
-    return dict(section)  # pyright: ignore[reportUnknownArgumentType]  # JSON: keys are strings
+    found = cast("Mapping[str, Any]", section)
+    return found if found.get("status", "ok") == "ok" else None
+
+
+def why_not(sections: Mapping[str, Any] | None, name: str, otherwise: str) -> dict[str, str]:
+    """Return the {status, reason} of a section that did not run; `otherwise` where it is absent."""
+    section = (sections or {}).get(name)
+    if isinstance(section, Mapping):
+        found = cast("Mapping[str, Any]", section)
+        if found.get("status") not in (None, "ok"):
+            return {"status": str(found["status"]), "reason": str(found.get("reason", ""))}
+    return skipped(otherwise)
