@@ -50,6 +50,10 @@ class LensError(LayerscopeError):
     """A lens is unknown, or does not fit the model."""
 
 
+class DictionaryError(LayerscopeError):
+    """A sparse dictionary cannot be read, does not fit the model, or is used against its nature."""
+
+
 class TableError(LayerscopeError):
     """A table lacks columns, or holds values that its schema forbids."""
 
