@@ -80,10 +80,11 @@ def _prepare_one(
     format_ = chosen_format(model, config)
     prompt = template.prompt(source.text, format=format_, system=config.system)
     rendered = render(model.tokenizer, prompt, tuning=model.tuning)
-    alignment = align_answer(model.tokenizer, rendered.text, source.answer)
+    joint = source.joint
+    alignment = align_answer(model.tokenizer, rendered.text, source.answer, variant=joint)
     foil_id = None
     if source.foil is not None:
-        foil_id = align_answer(model.tokenizer, rendered.text, source.foil).first_id
+        foil_id = align_answer(model.tokenizer, rendered.text, source.foil, variant=joint).first_id
     batch = model.tokenize([prompt])
     start = batch.row_ids(0)
     prompt_ids = _written_ids(model, rendered, start, batch.offsets[0])

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -47,6 +47,7 @@ class Pass:
     text: str
     answer: str
     foil: str | None = None
+    joint: Literal["with_space", "no_space"] | None = None  # how the answer follows; None: either
 
 
 @dataclass(frozen=True)
