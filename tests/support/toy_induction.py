@@ -1,8 +1,9 @@
 """A planted induction circuit: two heads that do all the work, and six that do none.
 
-Residual slots: token | position | previous token | output | junk. Head 0.0 looks one token back with
-score `beta` and copies that token into the slot of the previous token; head 1.0 matches the present
-token with the previous tokens, again with score `beta`, and copies the token found to the output.
+Residual slots: token | position | previous token | output | junk. Head 0.0 looks one token back
+with score `beta` and copies that token into the slot of the previous token; head 1.0 matches the
+present token with the previous tokens, again with score `beta`, and copies the one found to the
+output.
 All other heads are random and write to junk, which nobody reads.
 
 With one place to look at among 7 and the metric below, everything has a closed form: see
