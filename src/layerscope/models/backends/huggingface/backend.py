@@ -221,7 +221,7 @@ class HuggingFaceBackend:
                 inputs["position_ids"] = batch.position_ids().to(self.device)
         if plan.cache is not None:
             assert isinstance(plan.cache, KeyValueCache)
-            inputs["past_key_values"] = plan.cache.native()
+            inputs["past_key_values"] = plan.cache.native(keep=plan.keep_cache)
         elif plan.keep_cache:
             inputs["past_key_values"] = KeyValueCache.empty()
         return inputs

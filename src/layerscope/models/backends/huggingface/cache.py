@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from layerscope.errors import CapabilityError
 
@@ -25,12 +26,15 @@ class KeyValueCache:
     A row's tokens are its last columns, whatever the padding of the pass: models with a window look
     back a number of columns, so there must be no gap between tokens, nor before the next one.
 
+    Rows that were selected are gathered when something needs them: a pass does so block by block.
+
     Attributes:
         mask: True where a column belongs to a real token.
     """
 
     mask: Bool[Tensor, "batch past"]
     _native: DynamicCache
+    _rows: Int[Tensor, " batch"] | None = None
 
     @staticmethod
     def empty() -> DynamicCache:
@@ -60,16 +64,33 @@ class KeyValueCache:
             return cache._without_gaps()
         return cache
 
-    def native(self) -> DynamicCache:
-        """Return a cache for one pass: appending to it makes new tensors and leaves these alone."""
+    def native(self, *, keep: bool = True) -> DynamicCache:
+        """Return a cache for one pass: appending to it makes new tensors and leaves these alone.
+
+        Without `keep` it forgets what is appended once the block that did so has read it.
+        """
         given = copy.copy(self._native)
-        given.layers = [copy.copy(layer) for layer in self._native.layers]
+        rows = self._rows
+        if keep:
+            given.layers = [copy.copy(layer) for layer in self._native.layers]
+            for layer in _layers(given):
+                if rows is not None and layer.keys is not None and layer.values is not None:
+                    layer.keys, layer.values = (
+                        _of_rows(layer.keys, rows),
+                        _of_rows(layer.values, rows),
+                    )
+        else:
+            given.layers = [
+                copy.copy(layer) if layer.keys is None else _Passing(layer, rows)
+                for layer in _layers(self._native)
+            ]
         return given
 
     def select(self, rows: Sequence[int]) -> KeyValueCache:
         """Return the cache of some rows, in this order; a row may be repeated."""
         index = torch.tensor(list(rows))
-        return self._map(self.mask[index.to(self.mask.device)], lambda x: x[index.to(x.device)])
+        chosen = index if self._rows is None else self._rows[index]
+        return KeyValueCache(self.mask[index.to(self.mask.device)], self._native, chosen)
 
     def before(self, column: int) -> KeyValueCache:
         """Return the cache of the columns before one."""
@@ -86,11 +107,39 @@ class KeyValueCache:
         )
 
     def _map(self, mask: Tensor, change: Callable[[Tensor], Tensor]) -> KeyValueCache:
-        native = self.native()
+        native = copy.copy(self._native)
+        native.layers = [copy.copy(layer) for layer in self._native.layers]
         for layer in _layers(native):
             if layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = change(layer.keys), change(layer.values)
-        return KeyValueCache(mask, native)
+        return KeyValueCache(mask, native, self._rows)
+
+
+class _Passing(DynamicLayer):
+    """The past of one block, of chosen rows; what is appended is not kept."""
+
+    def __init__(self, layer: Any, rows: Int[Tensor, " batch"] | None) -> None:
+        super().__init__()
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self.is_initialized = True
+        self._rows = rows
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        if self._rows is not None:
+            keys, values = _of_rows(keys, self._rows), _of_rows(values, self._rows)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def _of_rows(stored: Tensor, rows: Int[Tensor, " batch"]) -> Tensor:
+    """Return the chosen rows; one row is not copied for each that reads it."""
+    if stored.shape[0] == 1:
+        return stored.expand(len(rows), -1, -1, -1)
+    return stored[rows.to(stored.device)]
 
 
 def supports_cache(model: PreTrainedModel) -> bool:
