@@ -64,7 +64,13 @@ class MeasureConfig:
     monotonic_r2: float = 0.70
     growth_z: float = 8.0
     growth_factor: float = 3.0
-    # scaled logits, another lens
+    # the same prompt twice
+    repeat_rank_dev: float = 5.0
+    repeat_flip_rate: float = 0.02
+    repeat_tolerance_layers: int = 1
+    repeat_jaccard: float = 0.5
+    # another norm, scaled logits, another lens
+    decoding_jaccard: float = 0.5
     gate_scales: tuple[float, ...] = (0.90, 0.95, 1.05, 1.10)
     gate_pass_share: float = 0.75
     consistency_min: float = 0.30
@@ -102,8 +108,8 @@ class MeasureConfig:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a probability and must be in [0, 1]")
         for name in (
-            *("gate_pass_share", "position_share", "position_in_dist", "position_ood"),
-            "prefer_tuned_depth",
+            *("repeat_flip_rate", "repeat_jaccard", "decoding_jaccard", "gate_pass_share"),
+            *("position_share", "position_in_dist", "position_ood", "prefer_tuned_depth"),
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(
@@ -133,7 +139,7 @@ class MeasureConfig:
             raise ConfigError(f"rank_thresholds is {self.rank_thresholds}; ranks begin at 1")
         for name in (
             *("confirm_window", "window_radius", "window_radius_high"),
-            "prefer_tuned_rows",
+            *("repeat_tolerance_layers", "prefer_tuned_rows"),
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(

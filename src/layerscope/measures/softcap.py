@@ -23,7 +23,7 @@ class CapFit:
     """How a cap explains capped probabilities by uncapped ones.
 
     `top_logit` is the largest uncapped logit, the one free number; `max_error` the largest
-    difference, in nats, between a capped gap and the published one; `tokens` how many were compared.
+    difference, in nats, between a capped gap and the published one; `tokens` counts the tokens.
     """
 
     top_logit: float
