@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layerscope.allocator import keep_freed_memory
     from layerscope.experiments.layers import LayersConfig, LayersResult, PromptSet, analyze
     from layerscope.lenses import get_lens
     from layerscope.measures.summary import summarise
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
+    "keep_freed_memory": "layerscope.allocator",
     "load": "layerscope.models",
     "LanguageModel": "layerscope.models",
     "Site": "layerscope.models",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "analyze",
     "get_lens",
+    "keep_freed_memory",
     "load",
     "readout",
     "summarise",

@@ -1,0 +1,38 @@
+"""What the C library does with memory that was freed.
+
+Tensors that a run keeps cannot share the few warm buffers that a forward pass reuses; each is fresh
+memory. Under glibc every tensor of more than 128 KiB is then mapped, faulted in page by page, and
+given back to the system when it is freed, which can cost more than computing it. A process that
+captures again and again is faster when it keeps freed memory for the next run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's mallopt
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+_NEVER = 2**31 - 1
+_PAD = 64 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep memory that tensors free, for the next ones; True if it does.
+
+    Concerns the whole process, which then holds on to its peak memory; nothing is told to the
+    system's allocator unless this is called. The `layerscope` command calls it for its own process.
+    Only glibc (Linux) knows how; elsewhere nothing changes and the answer is False.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library: musl has no such switch
+        return False
+    settings = (
+        (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
+        (_TRIM_THRESHOLD, _NEVER),
+        (_TOP_PAD, _PAD),
+    )
+    return all(bool(mallopt(option, value)) for option, value in settings)
