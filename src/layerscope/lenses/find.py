@@ -118,6 +118,15 @@ def find_lens(
         return FoundLens(name, None, "refused", str(error), str(folder))
 
 
+def beside_tuned(
+    name: str, tuned: FoundLens, model: LanguageModel, *, norm: NormChoice
+) -> FoundLens | None:
+    """Return a baseline that is stored beside a tuned lens, None where there is none."""
+    if tuned.folder is None or not _holds(Path(tuned.folder), name):
+        return None
+    return _load(name, Path(tuned.folder), model, norm)
+
+
 def _folder(name: str, model: LanguageModel, given: Mapping[str, Path]) -> Path | None:
     """Return the folder of a lens, or None where there is none."""
     if name in given:

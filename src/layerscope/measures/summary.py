@@ -51,14 +51,25 @@ class Summary:
         return finite(head | dict(self.sections))
 
 
-def summarise(table: LayersTable, config: MeasureConfig | None = None) -> Summary:
-    """Recompute every milestone and check of a table; raises TableError when it has no rows."""
-    return _Summariser(table, config or MeasureConfig()).run()
+def summarise(
+    table: LayersTable,
+    config: MeasureConfig | None = None,
+    *,
+    diagnostics: Mapping[str, Any] | None = None,
+) -> Summary:
+    """Recompute every milestone and check of a table; raises TableError when it has no rows.
+
+    `diagnostics` are sections by name that need the model again; they are kept as they are.
+    """
+    return _Summariser(table, config or MeasureConfig(), diagnostics or {}).run()
 
 
 class _Summariser:
-    def __init__(self, table: LayersTable, config: MeasureConfig) -> None:
+    def __init__(
+        self, table: LayersTable, config: MeasureConfig, diagnostics: Mapping[str, Any]
+    ) -> None:
         self.table, self.config, self.meta = table, config, table.meta
+        self.diagnostics = diagnostics
         self.rows = pass_rows(table)
         if not self.rows:
             raise TableError(
@@ -175,6 +186,7 @@ class _Summariser:
             "size": self.meta.ignored_token_count,
             "ignored_token_str_sample": list(self.meta.ignored_token_sample),
         }
+        sections["diagnostics"] = dict(self.diagnostics)
         sections["measurement_guidance"] = guide(
             [found(part) for part in self.facts or self.main],
             sections,

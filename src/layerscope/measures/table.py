@@ -73,7 +73,9 @@ LAST_POSITION: dict[str, pl.DataType] = {
     "kl_from_final_bits": pl.Float64(),  # KL(model || lens)
     "js_to_final_bits": pl.Float64(),
     "l1_to_final": pl.Float64(),
+    # the norm lens under one temperature per row; on its rows only
     "kl_to_final_bits_norm_temp": pl.Float64(),
+    "kl_from_final_bits_norm_temp": pl.Float64(),
     "cos_to_final": pl.Float64(),  # cosine of bias-free, untransformed logits
     "cos_to_answer": pl.Float64(),  # unembedded vector with the answer's unembedding row
     "cos_to_prompt_max": pl.Float64(),
@@ -180,6 +182,8 @@ class TableMeta:
     prompts: tuple[PromptInfo, ...] = ()
     # By lens: {status, reason} where it is not ready; else hash, held-out figures, warnings.
     lenses: Mapping[str, Any] = field(default_factory=lambda: {})
+    # Of kl_*_norm_temp: {source: "artifact" or "in_run", tau: one per row, prompts: fitted on}.
+    norm_temperature: Mapping[str, Any] | None = None
     source: str = "layerscope"
     schema_version: int = SCHEMA_VERSION
     provenance: Mapping[str, Any] = field(default_factory=lambda: {})

@@ -14,6 +14,7 @@ from layerscope.measures.config import MeasureConfig
 LENSES = ("raw", "norm")
 CHOICES = (*ALL_LENSES, AUTO)
 PROMPT_FORMATS = ("auto", "raw", "chat")
+DIAGNOSTICS = ("none", "standard", "full")
 MIB = 2**20
 
 
@@ -32,6 +33,8 @@ class LayersConfig:
     `auto` (chat for an instruct model, raw for a base model); `system` is the chat's system
     message. `task` names the task template that a prompt's text goes into; the default,
     `completion`, adds nothing.
+    `diagnostics` asks for the checks that need the model again after the table is made: `standard`
+    or `full`; they become sections of the summary.
     Batch and tile sizes do not change a result beyond rounding, but they are part of the
     configuration because the same bytes are promised only for the same configuration.
     """
@@ -44,6 +47,7 @@ class LayersConfig:
     task: str = "completion"
     top_k: int = 20
     measures: MeasureConfig = field(default_factory=MeasureConfig)
+    diagnostics: Literal["none", "standard", "full"] = "none"
     products: Literal["default", "checked"] = "checked"
     run_products: Literal["default", "checked"] = "default"
     passes_per_batch: int = 32
@@ -56,6 +60,11 @@ class LayersConfig:
             raise ConfigError(
                 f"unknown norm choice {self.norm_choice!r}"
                 f"{nearest(self.norm_choice, ('final', 'next_norm'))}; use final or next_norm"
+            )
+        if self.diagnostics not in DIAGNOSTICS:
+            raise ConfigError(
+                f"unknown diagnostics {self.diagnostics!r}"
+                f"{nearest(self.diagnostics, DIAGNOSTICS)}; use none, standard or full"
             )
         if self.format not in PROMPT_FORMATS:
             raise ConfigError(
@@ -96,5 +105,6 @@ class LayersConfig:
         return asdict(self) | {"artifacts": artifacts}
 
     def content(self) -> dict[str, Any]:
-        """Return what decides the bytes of a result: all but where fitted lenses lie."""
-        return {name: value for name, value in self.to_dict().items() if name != "artifacts"}
+        """Return what decides the bytes of a table: all but where fitted lenses lie, and checks."""
+        other = ("artifacts", "diagnostics")
+        return {name: value for name, value in self.to_dict().items() if name not in other}

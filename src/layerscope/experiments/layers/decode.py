@@ -18,7 +18,8 @@ from torch import Tensor
 from layerscope.experiments.layers import rows
 from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.prepare import PreparedPass
-from layerscope.lenses import Lens
+from layerscope.lenses import Lens, get_lens
+from layerscope.lenses.fitting.temperature import TemperatureFit, fit_on_prompts
 from layerscope.measures.table import JACCARD_K, LastRowInfo, PromptInfo
 from layerscope.models import Capture, LanguageModel, TokenBatch
 from layerscope.models.vocabulary import is_ignorable
@@ -65,6 +66,8 @@ class BatchDecoder:
         self.config = config
         self.strings = model.token_strings()
         self.n_rows = model.n_layers + 1
+        # The norm lens with one temperature per row; its figures stand on that lens's rows.
+        self.tempered: Lens | None = None
 
     def decode(self, passes: Sequence[PreparedPass]) -> tuple[pl.DataFrame, list[PromptInfo]]:
         """Run one padded batch and return its rows and what is known of its prompts."""
@@ -85,6 +88,8 @@ class BatchDecoder:
             )
             columns |= rows.last_position(result, passes, self.n_rows)
             columns |= rows.norm_effect(last.states, hidden[name])
+            if name == "norm" and self.tempered is not None:
+                columns |= self._tempered(self.tempered, last, head_logits)
             columns["cos_to_final"] = self._cosine(hidden[name], last)
             columns["answer_full_log2p"] = self._full_answer(lens, tail, result, passes)
             columns["top1_ignorable"] = self._ignorable(result)
@@ -98,6 +103,14 @@ class BatchDecoder:
             for number, item in enumerate(passes)
         ]
         return pl.concat(frames, how="diagonal_relaxed"), infos
+
+    def fit_temperatures(self, passes: Sequence[PreparedPass]) -> TemperatureFit:
+        """Fit one temperature per row below the last to the last positions of a few passes."""
+        residuals, head_logits = self._forward(passes)
+        ends = np.array([item.length - 1 for item in passes])[residuals.owner]
+        last = residuals.select(residuals.position == ends)
+        hidden = self._transform(get_lens("norm", self.model, norm=self.config.norm_choice), last)
+        return fit_on_prompts(hidden[:, :-1].transpose(0, 1), head_logits, self.model.unembedding)
 
     def _forward(
         self, passes: Sequence[PreparedPass]
@@ -171,6 +184,22 @@ class BatchDecoder:
             tokens=torch.tensor(wanted),
             sets=TokenSets.of([item.echo_ids for item in passes], index[:, None]),
         )
+
+    def _tempered(
+        self, lens: Lens, last: Residuals, head_logits: Float[Tensor, "pass vocab"]
+    ) -> rows.Columns:
+        """Return divergences of the norm lens under one temperature per row, both ways, bits."""
+        index = torch.arange(len(head_logits)).repeat_interleave(self.n_rows)
+        result = self._readout(
+            self._transform(lens, last),
+            replace(LEAN, kl_to_reference=True, kl_from_reference=True),
+            reference=Reference(index=index, logits=head_logits),
+        )
+        assert result.reference is not None
+        return {
+            "kl_to_final_bits_norm_temp": result.reference.kl_to_bits,
+            "kl_from_final_bits_norm_temp": result.reference.kl_from_bits,
+        }
 
     def _cosine(
         self, hidden: Float[Tensor, "pass row d_model"], last: Residuals

@@ -10,6 +10,12 @@ from typing import Any
 import polars as pl
 
 from layerscope.experiments import provenance
+from layerscope.experiments.layers.calibrate import (
+    Calibrated,
+    Calibration,
+    calibrate,
+    plan_calibration,
+)
 from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.decode import BatchDecoder
 from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, prepare, work_units
@@ -56,6 +62,7 @@ class Plan:
     units: tuple[WorkUnit, ...]
     identity: Mapping[str, Any]
     found: tuple[FoundLens, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def lenses(self) -> tuple[Lens, ...]:
@@ -98,15 +105,17 @@ def plan(
     config = config or LayersConfig()
     prepared = prepare(model, prompts.passes(), config)
     found = find_lenses(config.lenses, model, norm=config.norm_choice, artifacts=config.artifacts)
+    calibration = plan_calibration(prepared, found, model, config)
     identity = {
         "model": model.provenance(),
         "versions": provenance.versions(),
         "lenses": {entry.name: dict(entry.identity) for entry in found if entry.lens is not None},
+        "norm_temperature": None if calibration is None else calibration.identity,
     }
     units = work_units(
         prepared, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
     )
-    return Plan(model, prompts, config, tuple(units), identity, found)
+    return Plan(model, prompts, config, tuple(units), identity, found, calibration)
 
 
 def execute(
@@ -115,6 +124,10 @@ def execute(
     """Carry out a plan unit by unit and measure the whole table."""
     watch = provenance.Stopwatch()
     decoder = BatchDecoder(planned.model, planned.lenses, planned.config)
+    calibrated = None
+    if planned.calibration is not None:
+        calibrated = calibrate(planned.calibration, decoder, planned.identity, units)
+        decoder.tempered = calibrated.lens
     frames: list[pl.DataFrame] = []
     infos: list[PromptInfo] = []
     total, done = sum(len(unit.passes) for unit in planned.units), 0
@@ -127,12 +140,23 @@ def execute(
             progress(done, total)
     watch.lap("decode")
     table = with_copy_flags(
-        LayersTable(rows=conform(pl.concat(frames)), meta=_meta(planned, infos)),
+        LayersTable(rows=conform(pl.concat(frames)), meta=_meta(planned, infos, calibrated)),
         planned.config.measures,
     )
-    summary = summarise(table, planned.config.measures).to_dict()
+    diagnostics = _diagnostics(planned, table, units)
+    watch.lap("diagnose")
+    summary = summarise(table, planned.config.measures, diagnostics=diagnostics).to_dict()
     watch.lap("measure")
     return LayersResult(table, summary, _provenance(planned, watch))
+
+
+def _diagnostics(planned: Plan, table: LayersTable, units: UnitStore | None) -> dict[str, Any]:
+    """Return the checks that need the model again, by name; none unless they were asked for."""
+    if planned.config.diagnostics == "none":
+        return {}
+    from layerscope.experiments.layers.diagnostics import diagnose
+
+    return diagnose(planned, planned.lenses, table, level=planned.config.diagnostics, units=units)
 
 
 def _unit(
@@ -157,7 +181,7 @@ def _prompt_set(
     return PromptSet.from_records("given", prompts)
 
 
-def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
+def _meta(planned: Plan, infos: Sequence[PromptInfo], calibrated: Calibrated | None) -> TableMeta:
     model = planned.model
     strings = model.token_strings()
     ignored = ignore_mask(model.tokenizer, model.d_vocab).nonzero()[0]
@@ -182,6 +206,7 @@ def _meta(planned: Plan, infos: Sequence[PromptInfo]) -> TableMeta:
         ignored_token_sample=tuple(strings[token] for token in ignored[:IGNORED_SAMPLE]),
         prompts=tuple(infos),
         lenses={entry.name: entry.to_dict() for entry in planned.found},
+        norm_temperature=None if calibrated is None else calibrated.record,
         provenance={"prompts_sha256": planned.prompts.digest()},
     )
 

@@ -51,12 +51,12 @@ class _FusedKL(torch.autograd.Function):
         for first in range(0, n_rows, tile):
             rows = slice(first, first + tile)
             log_p = torch.log_softmax(
-                unembedding.transform(_product(teacher[rows], unembedding)), -1
+                unembedding.transform(product(teacher[rows], unembedding)), -1
             )
             p = log_p.exp()
             entropy = -(p * log_p).sum(-1)
             for layer in range(n_layers):
-                z = unembedding.transform(_product(hidden[layer, rows], unembedding))
+                z = unembedding.transform(product(hidden[layer, rows], unembedding))
                 log_z = z.logsumexp(-1)
                 # KL = sum p log p - sum p z + log Z
                 kl = log_z - entropy - (p * z).sum(-1)
@@ -86,7 +86,10 @@ def _slices(unembedding: Unembedding) -> Iterator[tuple[slice, Tensor]]:
         yield part, weight[part].float()
 
 
-def _product(hidden: Tensor, unembedding: Unembedding) -> Float[Tensor, "row vocab"]:
+def product(
+    hidden: Float[Tensor, "row d_model"], unembedding: Unembedding
+) -> Float[Tensor, "row vocab"]:
+    """Return ``hidden @ weight.T`` in float32, without a float32 copy of the whole weight."""
     hidden = hidden.detach()
     pieces = [hidden @ weight.T for _, weight in _slices(unembedding)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
