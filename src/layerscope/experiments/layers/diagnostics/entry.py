@@ -9,14 +9,27 @@ import polars as pl
 
 from layerscope.errors import LayerscopeError
 from layerscope.experiments.layers.diagnostics.decoding_point import decoding_point
-from layerscope.experiments.layers.diagnostics.last_row import last_row_consistency
+from layerscope.experiments.layers.diagnostics.gate_stability import gate_stability
+from layerscope.experiments.layers.diagnostics.head_bias import unembed_bias
+from layerscope.experiments.layers.diagnostics.head_transforms import head_transforms
+from layerscope.experiments.layers.diagnostics.health import numbers
+from layerscope.experiments.layers.diagnostics.ignored import copy_mask
+from layerscope.experiments.layers.diagnostics.layout import layer_map
+from layerscope.experiments.layers.diagnostics.lens_consistency import lens_consistency
 from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.normalisation import normalisation_provenance
+from layerscope.experiments.layers.diagnostics.position_window import position_window
 from layerscope.experiments.layers.diagnostics.repeatability import (
-    forward_of_two,
     repeatability,
+    repeatability_forward,
 )
 from layerscope.experiments.layers.diagnostics.sections import Section, Skipped, skipped
 from layerscope.experiments.layers.diagnostics.settings import Settings
+from layerscope.experiments.layers.diagnostics.sidecars import (
+    prism_summary,
+    tau_norm_per_layer,
+    tuned_attribution,
+)
 from layerscope.experiments.units import Progress, UnitStore, work_key
 from layerscope.lenses.base import Lens
 from layerscope.measures.table import LayersTable
@@ -25,10 +38,21 @@ if TYPE_CHECKING:
     from layerscope.experiments.layers.run import Plan
 
 CHECKS: dict[str, Callable[[Material], Section]] = {
-    "last_row_consistency": last_row_consistency,
+    "layer_map": layer_map,
+    "normalization_provenance": normalisation_provenance,
+    "numeric_health": numbers,
+    "unembed_bias": unembed_bias,
+    "copy_mask": copy_mask,
+    "head_transforms": head_transforms,
     "repeatability": repeatability,
-    "forward_of_two": forward_of_two,
+    "repeatability_forward": repeatability_forward,
     "decoding_point": decoding_point,
+    "gate_stability_small_scale": gate_stability,
+    "lens_consistency": lens_consistency,
+    "position_window": position_window,
+    "tau_norm_per_layer": tau_norm_per_layer,
+    "tuned_attribution": tuned_attribution,
+    "prism_summary": prism_summary,
 }
 SECTIONS = tuple(CHECKS)
 

@@ -6,15 +6,16 @@ Memory: residuals of a few positions of every chosen pass, and their logits, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layerscope.experiments.layers.diagnostics.onsets import recorded
 from layerscope.experiments.layers.diagnostics.sections import Skipped
 from layerscope.experiments.layers.diagnostics.settings import GRID, Settings
 from layerscope.experiments.layers.prepare import BYTES_PER_VALUE, COPIES, PreparedPass
@@ -23,12 +24,13 @@ from layerscope.lenses.norm import NormLens
 from layerscope.measures.rows import PassRows, pass_rows
 from layerscope.measures.table import LayersTable
 from layerscope.models import Capture, LanguageModel, TokenBatch
-from layerscope.models.sites import Site
 from layerscope.products import Products
 from layerscope.readout import Readout, Reference, Request, readout
 
 if TYPE_CHECKING:
     from layerscope.experiments.layers.run import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,7 @@ class Material:
         self.table = table
         self.settings = settings
         self.n_rows = self.model.n_layers + 1
+        self._made: dict[str, Any] = {}
         self.passes, self.left_out = self._choose()
 
     def _choose(self) -> tuple[list[PreparedPass], int]:
@@ -139,6 +142,12 @@ class Material:
             torch.cat(attn) if attn else None,
             torch.cat(head) if head else None,
         )
+
+    def once(self, name: str, make: Callable[[Material], T]) -> T:
+        """Return what several checks need, made when the first of them asks for it."""
+        if name not in self._made:
+            self._made[name] = make(self)
+        return self._made[name]
 
     def groups(self, passes: Sequence[PreparedPass]) -> list[list[PreparedPass]]:
         """Cut passes into the batches in which they run."""
@@ -221,13 +230,17 @@ class Material:
         return readout(
             hidden,
             (model or self.model).unembedding,
-            request=request,
+            request=self.fitting(request),
             reference=reference,
             against=against,
             tokens=tokens,
             products=self.config.products,
             budget_bytes=self.config.readout_bytes,
         )
+
+    def fitting(self, request: Request) -> Request:
+        """Return a request with no more most likely tokens than the vocabulary has."""
+        return replace(request, top_k=min(request.top_k, self.model.d_vocab))
 
     def answers(self, passes: Sequence[PreparedPass]) -> Int[Tensor, " pass"]:
         """Return the first token of every answer."""
@@ -243,11 +256,21 @@ class Material:
             "prompt_variant": source.variant,
         }
 
-    def require(self, site: str) -> None:
-        """Raise Skipped where the model does not show a site, with its reason."""
-        reason = self.model.backend.why_not(Site.parse(site))
-        if reason is not None:
-            raise Skipped(reason)
+    def part(self, item: PreparedPass, lens: str = "norm") -> PassRows:
+        """Return a pass's rows in the table; raises Skipped where the run had no such lens."""
+        found = self.parts.get((item.source.index, lens))
+        if found is None:
+            raise Skipped(f"the run has no {lens} lens; add it to lenses")
+        return found
+
+    def milestones(self, item: PreparedPass) -> dict[str, int | None]:
+        """Return the milestones of a pass that the table records for the norm lens."""
+        return recorded(self.part(item), self.config.measures, self.model.d_vocab)
+
+    @property
+    def low(self) -> bool:
+        """Whether the model computes in half precision."""
+        return self.model.dtype in (torch.float16, torch.bfloat16)
 
 
 def row_sites(model: LanguageModel) -> list[str]:

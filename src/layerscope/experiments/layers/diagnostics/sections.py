@@ -1,4 +1,4 @@
-"""What a check hands back: a JSON-able section that is either a result or says why there is none."""
+"""What a check hands back: JSON-able, and either a result or the reason why there is none."""
 
 from __future__ import annotations
 

@@ -20,25 +20,25 @@ class Settings:
         passes: most passes of the run that are looked at again.
         repeats: most of these that are run anew for repeatability.
         text_tokens: tokens of held-out text.
-        rank_deviation: largest deviation from rank 1 of another arithmetic's top-1.
-        flip_rate: largest share of rows whose top-1 changes although it was decided.
-        decided_gap: logits by which a top-1 must lead to count as decided.
-        milestone_shift: rows by which a milestone may move.
-        jaccard: least overlap of the ten most likely tokens at a milestone.
+        text_length: longest sequence of it.
+        decided_gap: logits by which a top-1 must lead for a change of it to count.
         exact_bits, exact_bits_low: largest KL of the last row from the head, in float32 and in
             half precision.
+        bias_bits: largest KL that a reading may owe to the head's constant part.
+        norm_error: largest relative error of a norm against its own formula in float64, and of a
+            norm against what the model computed with it.
     """
 
     passes: int = 8
     repeats: int = 8
     text_tokens: int = 2048
-    rank_deviation: int = 5
-    flip_rate: float = 0.02
+    text_length: int = 512
     decided_gap: float = 0.5
-    milestone_shift: int = 1
-    jaccard: float = 0.5
     exact_bits: float = 1e-6
     exact_bits_low: float = 1e-3
+    bias_bits: float = 0.5
+    norm_error: float = 1e-4
+    norm_error_low: float = 2e-2
 
     @staticmethod
     def of(level: str) -> Settings:

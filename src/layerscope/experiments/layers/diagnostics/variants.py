@@ -41,7 +41,7 @@ def repeated(material: Material) -> list[PreparedPass]:
     return material.passes[: material.settings.repeats]
 
 
-def again(material: Material) -> States:
+def again(material: Material) -> Variant:
     """Run the same batches once more, in the very composition of the first time."""
     n = len(repeated(material))
     groups = material.groups(material.passes)
@@ -50,7 +50,7 @@ def again(material: Material) -> States:
         found.append(material.states(group))
         if sum(len(piece.logits) for piece in found) >= n:
             break
-    return _joined(found, n)
+    return Variant("the same pass twice", _joined(found, n))
 
 
 def one_at_a_time(material: Material) -> Variant:

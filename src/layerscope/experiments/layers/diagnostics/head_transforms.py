@@ -18,15 +18,14 @@ from layerscope.readout import Unembedding
 TRANSFORMS = ("none", "scale", "softcap", "scale_then_softcap")
 
 
-def last_row_consistency(material: Material) -> Section:
+def head_transforms(material: Material) -> Section:
     """Compare row n of every lens with the model's head, under every transform of the head.
 
     A lens passes where KL(lens || head), with all transforms that the head has, is rounding. The
     raw lens is measured but has no gate: it leaves out the norm on purpose.
     """
     captured, settings = material.captured, material.settings
-    low = material.model.dtype in (torch.float16, torch.bfloat16)
-    bound = settings.exact_bits_low if low else settings.exact_bits
+    bound = settings.exact_bits_low if material.low else settings.exact_bits
     entries: list[dict[str, Any]] = []
     gates: dict[str, bool | None] = {}
     for name, lens in material.lenses.items():
@@ -42,6 +41,7 @@ def last_row_consistency(material: Material) -> Section:
         if name != "raw":
             gates[f"last_row_exact.{name}"] = all_hold([entry["exact"] for entry in found])
     head = material.model.unembedding
+    first = next((e for e in entries if e["lens"] == "norm"), entries[0])
     warnings = [
         f"the last row of the {name} lens is {_worst(entries, name):.3g} bits from the model's "
         f"head; {_explanation(entries, name)}"
@@ -55,11 +55,12 @@ def last_row_consistency(material: Material) -> Section:
             "warn_bits": material.config.measures.last_row_kl_bits,
         },
         warnings=warnings,
-        head_transforms={
+        cfg_transform={
             "scale": None if head.scale == 1.0 else head.scale,
             "softcap": head.softcap,
-            "bias": head.bias is not None,
         },
+        head_bias=head.bias is not None,
+        **first,
         at=entries,
         **material.scope,
     )
