@@ -14,6 +14,13 @@ from layerscope.measures.control import control_summary
 from layerscope.measures.guidance import guide
 from layerscope.measures.health import numeric_health
 from layerscope.measures.last_row import last_row_consistency
+from layerscope.measures.lens_compare import (
+    attribute,
+    beside_norm,
+    compare_lenses,
+    preferred_lens,
+    tau_section,
+)
 from layerscope.measures.micro_suite import fact_entry, micro_suite
 from layerscope.measures.pass_summary import PassSummary, summarise_pass
 from layerscope.measures.raw_norm import RawNorm, window_radius
@@ -186,6 +193,7 @@ class _Summariser:
             "size": self.meta.ignored_token_count,
             "ignored_token_str_sample": list(self.meta.ignored_token_sample),
         }
+        sections |= self._lenses(base, passes)
         sections["diagnostics"] = dict(self.diagnostics)
         sections["measurement_guidance"] = guide(
             [found(part) for part in self.facts or self.main],
@@ -194,6 +202,28 @@ class _Summariser:
             meta=self.meta,
         )
         return sections
+
+    def _lenses(
+        self, base: PassRows, passes: Mapping[tuple[int, str], PassSummary]
+    ) -> dict[str, Any]:
+        """Return every lens beside the norm lens, and which one to report."""
+
+        def at(part: PassRows) -> dict[str, PassRows]:
+            return {self.lens: part, **self._others(part)}
+
+        facts = [at(part) for part in self.facts or self.main]
+        measured = [
+            {lens: passes[part.prompt.prompt_index, lens] for lens, part in fact.items()}
+            for fact in facts
+        ]
+        tuned = attribute(facts, self.meta, self.config)
+        return {
+            "lens_comparison": compare_lenses(facts, measured, self.meta),
+            "prism_summary": beside_norm("prism", at(base), self.meta),
+            "tuned_lens": {**beside_norm("tuned", at(base), self.meta), "attribution": tuned},
+            "tau_norm_per_layer": tau_section(self.meta),
+            "preferred_lens": preferred_lens(tuned, self.meta, self.lens),
+        }
 
     def _controls(self) -> dict[str, Any] | None:
         """Return the first control's summary, and all of them under `controls`."""

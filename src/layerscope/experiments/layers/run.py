@@ -143,6 +143,7 @@ def execute(
         LayersTable(rows=conform(pl.concat(frames)), meta=_meta(planned, infos, calibrated)),
         planned.config.measures,
     )
+    watch.lap("table")
     diagnostics = _diagnostics(planned, table, units)
     watch.lap("diagnose")
     summary = summarise(table, planned.config.measures, diagnostics=diagnostics).to_dict()
