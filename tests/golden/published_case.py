@@ -14,6 +14,12 @@ from typing import Any
 from layerscope.measures.compat import published_document
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.published import read_published
+from layerscope.measures.published_audit import (
+    companions,
+    published_sections,
+    read_positions,
+    read_variants,
+)
 from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable
 from support.shared import shared_path
@@ -46,17 +52,25 @@ class Case:
 @cache
 def case(name: str) -> Case:
     pure = shared_path("published", f"output-{name}-pure-next-token.csv")
+    files = companions(pure)
+    assert sorted(files) == ["positions", "prism", "rawlens", "tuned", "variants"]
     table = read_published(
         pure,
-        rawlens=shared_path("published", f"output-{name}-pure-next-token-rawlens.csv"),
-        others={"tuned": shared_path("published", f"output-{name}-pure-next-token-tuned.csv")},
+        rawlens=files["rawlens"],
+        others={lens: files[lens] for lens in ("tuned", "prism")},
+    )
+    sections = published_sections(
+        table,
+        variants=read_variants(files["variants"]),
+        positions=read_positions(files["positions"]),
+        config=CONFIG,
     )
     document = json.loads(shared_path("published", f"output-{name}.json").read_text("utf-8"))
     return Case(
         name=name,
         table=table,
-        ours=published_document(summarise(table, CONFIG).to_dict()),
-        published=document | document["diagnostics"],
+        ours=published_document(summarise(table, CONFIG, diagnostics=sections).to_dict()),
+        published=document | document["diagnostics"] | {"tuned_lens": document["tuned_lens"]},
     )
 
 

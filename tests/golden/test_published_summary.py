@@ -180,6 +180,52 @@ LINES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("facts, citations", ("micro_suite/citations/fact_rows",)),
     ("trajectory", ("norm_trajectory/n_spikes", "norm_trajectory/shape")),
     ("trajectory, rows", ("norm_trajectory/sampled_layers",)),
+    (
+        "prism",
+        tuple(
+            f"prism_summary/metrics/{name}/{side}"
+            for name in ("rank_milestones", "kl_bits_at_percentiles", "first_kl_le_1.0")
+            for side in ("baseline", "prism", "delta")
+        ),
+    ),
+    (
+        "tuned",
+        tuple(
+            f"tuned_lens/summary/metrics/{name}/{side}"
+            for name in ("rank_milestones", "kl_bits_at_percentiles", "first_kl_le_1.0")
+            for side in ("baseline", "tuned", "delta")
+        ),
+    ),
+    (
+        "attribution",
+        (
+            *(
+                f"tuned_lens/attribution/percentiles/{p}/{name}"
+                for p in PERCENTILES
+                for name in ("ΔKL_tuned", "ΔKL_temp", "ΔKL_rot")
+            ),
+            "tuned_lens/attribution/prefer_tuned",
+        ),
+    ),
+    (
+        "tuned audit",
+        (
+            *(
+                f"tuned_lens/audit_summary/rotation_vs_temperature/delta_kl_{name}"
+                for name in (
+                    *(f"{part}_{p}" for part in ("rot", "temp") for p in PERCENTILES),
+                    *("interaction_p50", "tuned_p50"),
+                )
+            ),
+            "tuned_lens/audit_summary/tuned_is_calibration_only",
+            "tuned_lens/audit_summary/preferred_semantics_lens_hint",
+        ),
+    ),
+    ("tuned audit, positions", ("tuned_lens/audit_summary/positional",)),
+    (
+        "position window",
+        tuple(f"position_window/{name}" for name in ("grid", "n_positions")),
+    ),
     ("alignment", ("gold_alignment_rate",)),
     ("configuration", ("surface_diagnostics_config", "copy_soft_config", "answer_margin_unit")),
 )
@@ -223,8 +269,13 @@ NOT_IN_TABLES = (
     "last_layer_consistency/kl_after_temp_bits",
     "last_layer_consistency/gates/delta_kl_temp_bits",
 )
-# Not measurements: the model's short name, and the reworked guidance.
-OTHERWISE = ("model", "measurement_guidance/")
+# Not measurements: the model's short name, and the reworked guidance. The position window is the
+# last fact's, and was shown as the first one's: see below.
+WINDOW = ("L_semantic_norm", "rank1_frac")
+OTHERWISE = (
+    *("model", "measurement_guidance/"),
+    *(f"{at}position_window/{name}" for at in ("", "diagnostics/") for name in WINDOW),
+)
 
 
 @pytest.mark.parametrize(("what", "paths"), LINES, ids=[what for what, _ in LINES])
@@ -255,6 +306,64 @@ def test_corrected_stability(model: str) -> None:
     expected = {"Meta-Llama-3-8B": "none", "gemma-2-9b": "stable"}
     assert at(found.ours, STABILITY) == expected[model]
     assert at(found.published, STABILITY) == {"gemma-2-9b": "mixed"}.get(model, "none")
+
+
+def test_the_audit_is_that_of_the_last_fact(model: str) -> None:
+    # It was shown as the first fact's; its baseline divergences are those of the last one's rows.
+    found = case(model)
+    audit, window = (found.ours["diagnostics"][name] for name in ("tuned_audit", "position_window"))
+    assert audit["fact_key"] == window["fact_key"] == "Canada→Ottawa"
+    assert audit["prompt_index"] == window["prompt_index"] == 8
+    n = found.table.meta.n_layers
+    last = found.table.last(lens="norm", prompt_index=8)["kl_to_final_bits"].to_list()
+    assert [row["kl_bits_baseline"] for row in audit["variants"]] == pytest.approx(last[1:])
+    assert len(audit["variants"]) == n
+    assert len(audit["positions"]) == n * len(window["grid"])
+    tuned = found.table.last(lens="tuned", prompt_index=8)["kl_to_final_bits"].to_list()
+    assert [row["kl_bits_tuned"] for row in audit["variants"]] == pytest.approx(tuned)
+
+
+def test_ranks_are_published_at_one_position_only(model: str) -> None:
+    # So the share was at most 1 in 6; here it is over known ranks, and one of them decides nothing.
+    found = case(model)
+    window = found.ours["position_window"]
+    assert window["L_semantic_norm"] == found.ours["micro_suite"]["facts"][4]["L_semantic_norm"]
+    assert (window["n_known"], window["n_positions"], window["rank1_frac"]) == (1, 6, 1.0)
+    assert window["gate"] == {"position_window_stable": None}
+    onset = found.ours["L_semantic"]  # of the first fact, which the publisher looked up
+    ranks = [
+        row["answer_rank_baseline"]
+        for row in found.rows("-positions-tuned-audit.csv")
+        if row["layer"] == str(onset)
+    ]
+    assert len(ranks) == window["n_positions"]
+    share = ranks.count("1") / len(ranks)
+    assert share == at(found.published, "position_window/rank1_frac")
+
+
+def test_the_tuned_pass_of_the_first_fact(model: str) -> None:
+    """Every milestone of the first of the published tuned summaries, from the tuned rows."""
+    found = case(model)
+    ours = next(
+        entry
+        for entry in found.ours["passes"]
+        if (entry["prompt_index"], entry["lens"]) == (0, "tuned")
+    )
+    mine, theirs = dict(leaves(ours)), dict(leaves(at(found.published, "tuned_lens/summaries/0")))
+    common = mine.keys() & theirs.keys()
+    assert len(common) > 60
+    # Not computed for the tuned lens there: null, not another value.
+    never = ("semantic_gate/", "answer_margin", "semantic_margin", "L_semantic_margin_ok")
+    never += ("copy_thresholds/norm_only_flags", "copy_thresholds/stability", "depth_fractions/")
+    absent = {path for path in common if path.startswith(never) and theirs[path] is None}
+    different = {
+        path: (mine[path], theirs[path])
+        for path in common - absent
+        if not same(mine[path], theirs[path])
+    }
+    # As for the norm lens: the lowest threshold was looked up under a label that did not exist.
+    stability = {"copy_thresholds/stability": ("stable", "mixed")}
+    assert different == (stability if model == "gemma-2-9b" else {})
 
 
 def test_confirmation_of_every_fact(model: str) -> None:

@@ -24,8 +24,26 @@ def test_nothing_is_lost() -> None:
     document = published_document(summary)
     for name, value in summary.items():
         found = document["per_fact"].get(name, document["per_prompt"].get(name, document[name]))
+        if name == "tuned_lens":  # published with its audit
+            found = {key: item for key, item in found.items() if key != "audit_summary"}
         assert found == value, name
     json.dumps(document, allow_nan=False)
+
+
+def test_the_tuned_lens_in_the_published_shape() -> None:
+    audit = {"status": "ok", "tuned_is_calibration_only": False, "variants": [{"layer": 1}]}
+    table = synthetic_table(lenses=("raw", "norm", "tuned"))
+    summary = summarise(table, diagnostics={"tuned_audit": audit}).to_dict()
+    tuned = published_document(summary)["tuned_lens"]
+    assert tuned["status"] == "loaded"
+    assert tuned["summary"]["metrics"] == summary["tuned_lens"]["metrics"]
+    assert tuned["audit_summary"] == {"status": "ok", "tuned_is_calibration_only": False}
+    without = published_document(summarise(table).to_dict())
+    assert without["tuned_lens"]["audit_summary"]["status"] == "skipped"
+    assert without["position_window"]["status"] == "skipped"
+    failed = {"position_window": {"status": "skipped", "reason": "one position"}}
+    document = published_document(summarise(table, diagnostics=failed).to_dict())
+    assert document["position_window"]["reason"] == "one position"
 
 
 def test_checks_without_a_raw_lens_are_null() -> None:

@@ -34,6 +34,7 @@ def test_unknown_ranks_are_not_failures() -> None:
     gold = {0.2: {7: None}, 0.5: {}, 1.0: {7: 1}}
     found = position_window(gold, semantic=7)
     assert (found["rank1_frac"], found["n_positions"], found["n_known"]) == (1.0, 3, 1)
+    assert found["gate"] == {"position_window_stable": None}  # one position says nothing of others
     found = position_window(gold, semantic=None)
     assert found["rank1_frac"] is None
     assert found["gate"] == {"position_window_stable": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +18,9 @@ HELP = """Recompute every milestone and check from a table of per-layer rows; no
 TABLE is one of two kinds:
 
 - `output-MODEL-layers.parquet`: what a run wrote
-- `output-MODEL-pure-next-token.csv`: a table of the earlier system; its companions for other
-  lenses, `...-rawlens.csv` and `...-tuned.csv`, go with `--rawlens` and `--tuned`
+- `output-MODEL-pure-next-token.csv`: a table of the earlier system. Its companions for other
+  lenses and for the audit of the tuned lens go with `--rawlens`, `--tuned`, `--prism`,
+  `--variants` and `--positions`, or all that lie beside it with `--companions`
 
 A milestone says at which layer a condition was first true, from which one on it stays true, and
 where it was lost. Layer 0 is the embedding, layer k the residual after k blocks. The main ones:
@@ -75,6 +76,26 @@ def measures(
             "--tuned", metavar="TABLE", help="Published tuned-lens CSV that belongs to TABLE."
         ),
     ] = None,
+    prism: Annotated[
+        Path | None,
+        typer.Option(
+            "--prism", metavar="TABLE", help="Published prism-lens CSV that belongs to TABLE."
+        ),
+    ] = None,
+    variants: Annotated[
+        Path | None,
+        typer.Option("--variants", metavar="TABLE", help="Published ...-tuned-variants.csv."),
+    ] = None,
+    positions: Annotated[
+        Path | None,
+        typer.Option(
+            "--positions", metavar="TABLE", help="Published ...-positions-tuned-audit.csv"
+        ),
+    ] = None,
+    with_companions: Annotated[
+        bool,
+        typer.Option("--companions", help="Take every published companion that lies beside TABLE."),
+    ] = False,
     copy_threshold: Annotated[
         float | None, typer.Option(help="Probability above which an echo is strict. [0.95]")
     ] = None,
@@ -94,8 +115,11 @@ def measures(
     from layerscope.measures.summary import summarise
 
     config = _config(copy_threshold, copy_margin, copy_soft_thresh, copy_soft_window_ks)
-    source = _read(table, rawlens=rawlens, tuned=tuned)
-    summary = summarise(source, config).to_dict()
+    given = {"rawlens": rawlens, "tuned": tuned, "prism": prism}
+    given |= {"variants": variants, "positions": positions}
+    files = {name: path for name, path in given.items() if path is not None}
+    source, sections = _read(table, files, all_of_them=with_companions, config=config)
+    summary = summarise(source, config, diagnostics=sections).to_dict()
     if as_json:
         emit_json(published_document(summary))
     else:
@@ -122,23 +146,42 @@ def _config(
     return MeasureConfig(**changes)  # pyright: ignore[reportArgumentType]  # one type per name
 
 
-def _read(table: Path, *, rawlens: Path | None, tuned: Path | None) -> LayersTable:
+def _read(
+    table: Path, files: dict[str, Path], *, all_of_them: bool, config: MeasureConfig
+) -> tuple[LayersTable, dict[str, Any]]:
+    """Return the table and the diagnostic sections that its companions hold."""
     from layerscope.errors import TableError
     from layerscope.measures.published import is_published, read_published
+    from layerscope.measures.published_audit import (
+        companions,
+        published_sections,
+        read_positions,
+        read_variants,
+    )
     from layerscope.measures.table import LayersTable
 
-    for path in (table, rawlens, tuned):
-        if path is not None and not path.is_file():
+    for path in (table, *files.values()):
+        if not path.is_file():
             raise TableError(f"{path} is not a file; give a Parquet table or a published CSV")
-    if is_published(table):
-        others = {} if tuned is None else {"tuned": tuned}
-        return read_published(table, rawlens=rawlens, others=others)
-    for option, path in (("--rawlens", rawlens), ("--tuned", tuned)):
-        if path is not None:
+    if not is_published(table):
+        named = [f"--{name}" for name in files] + ["--companions"] * all_of_them
+        if named:
             raise TableError(
-                f"{option} goes with a published CSV; a Parquet table holds all lenses of its run"
+                f"{named[0]} goes with a published CSV; a Parquet table holds all lenses of its run"
             )
-    return LayersTable.read_parquet(table)
+        return LayersTable.read_parquet(table), {}
+    if all_of_them:
+        files = companions(table) | files
+    others = {lens: files[lens] for lens in ("tuned", "prism") if lens in files}
+    source = read_published(table, rawlens=files.get("rawlens"), others=others)
+    variants, positions = files.get("variants"), files.get("positions")
+    sections = published_sections(
+        source,
+        variants=None if variants is None else read_variants(variants),
+        positions=None if positions is None else read_positions(positions),
+        config=config,
+    )
+    return source, sections
 
 
 def _print(summary: dict[str, object], source: LayersTable) -> None:

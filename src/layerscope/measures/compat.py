@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerscope.measures.sections import ran, skipped, why_not
+
+AUDIT_ROWS = ("variants", "positions")  # of the audit: tables, written to files of their own
+
 # Sections that we keep per fact and that were published for the first fact only.
 PER_FACT = (
     "confirmed_semantics",
@@ -60,8 +64,32 @@ def published_document(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **published_fields(summary),
         **rest,
+        **other_lenses(summary),
         "per_fact": {name: summary[name] for name in PER_FACT},
         "per_prompt": {"last_layer_consistency": summary["last_layer_consistency"]},
+    }
+
+
+def other_lenses(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of the tuned lens and of other positions, in the published shape.
+
+    What did not run is {status, reason}.
+    """
+    sections: Mapping[str, Any] = summary.get("diagnostics") or {}
+    tuned: dict[str, Any] = dict(summary.get("tuned_lens") or skipped("no tuned lens was run"))
+    audit, window = ran(sections, "tuned_audit"), ran(sections, "position_window")
+    if tuned.get("status") == "ok":
+        tuned |= {"status": "loaded", "summary": {"metrics": tuned["metrics"]}}
+    tuned["audit_summary"] = (
+        why_not(sections, "tuned_audit", "the tuned lens was not audited")
+        if audit is None
+        else {name: value for name, value in audit.items() if name not in AUDIT_ROWS}
+    )
+    return {
+        "tuned_lens": tuned,
+        "position_window": dict(window)
+        if window is not None
+        else why_not(sections, "position_window", "the ranks at other positions are not known"),
     }
 
 

@@ -43,7 +43,8 @@ def position_window(
 
     `gold_ranks` maps a grid fraction to the gold token's rank per row. Positions whose rank is not
     known are counted in `n_positions` and not in the shares, which are null without any known one.
-    The gate passes from a share of one half on. Raises TableError for an empty grid.
+    The gate passes from a share of one half on; with fewer than two known positions, which say
+    nothing of others, it is null. Raises TableError for an empty grid.
     """
     config = config or MeasureConfig()
     if not gold_ranks:
@@ -60,7 +61,9 @@ def position_window(
         "n_known": known,
         "rank1_frac_strong_run2": run2,
         "gate": {
-            "position_window_stable": None if share is None else share >= config.position_share
+            "position_window_stable": None
+            if share is None or known < 2
+            else share >= config.position_share
         },
     }
 

@@ -111,6 +111,20 @@ def read_published(
     return LayersTable(rows=rows, meta=_meta(path, rows, passes, main))
 
 
+def read_numbers(path: Path, required: tuple[str, ...]) -> pl.DataFrame:
+    """Read a published table of numbers alone, its columns in the given order.
+
+    Raises TableError naming missing columns, or the first cell that is no number.
+    """
+    frame = _cells(path)
+    _need(frame, required, path)
+    counts = ("layer", "pos_index", "answer_rank", "rank_shift")
+    return frame.select(
+        _typed(frame[name], pl.Int64() if name.startswith(counts) else pl.Float64(), path)
+        for name in required
+    )
+
+
 def _cells(path: Path) -> pl.DataFrame:
     """Parse the published dialect (comma, doubled quotes, backslash escapes); "" is null."""
     try:
@@ -138,11 +152,15 @@ def _cells(path: Path) -> pl.DataFrame:
 def _read(path: Path, required: tuple[str, ...]) -> pl.DataFrame:
     """Read one CSV and type the columns that are numbers or flags."""
     frame = _cells(path)
+    _need(frame, required, path)
+    return frame.select(_typed(frame[name], _kind(name, required), path) for name in frame.columns)
+
+
+def _need(frame: pl.DataFrame, required: tuple[str, ...], path: Path) -> None:
     missing = [name for name in required if name not in frame.columns]
     if missing:
         hint = nearest(missing[0], frame.columns)
         raise TableError(f"{path} lacks the column(s) {', '.join(missing)}{hint}")
-    return frame.select(_typed(frame[name], _kind(name, required), path) for name in frame.columns)
 
 
 def _kind(name: str, required: tuple[str, ...]) -> pl.DataType | None:
@@ -169,7 +187,7 @@ def _typed(cells: pl.Series, kind: pl.DataType | None, path: Path) -> pl.Series:
         expected = "True or False"
     else:
         typed = cells.cast(kind, strict=False)
-        expected = "a whole number" if isinstance(kind, pl.Int32) else "a number"
+        expected = "a whole number" if kind.is_integer() else "a number"
     wrong = (typed.is_null() & cells.is_not_null()).arg_true()
     if len(wrong):
         raise TableError(
