@@ -12,6 +12,7 @@ from layerscope.measures.config import decimal
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.data import kind
 from layerscope.reports.glossary import TABULATED, label, lasts, meaning
+from layerscope.reports.lenses import LensTable, lens_table
 from layerscope.reports.text import number, visible
 from layerscope.reports.verdict import (
     Reason,
@@ -56,6 +57,7 @@ class ModelSections:
     advice: tuple[str, ...]
     omitted: tuple[str, ...]
     raw_summary: tuple[str, ...]
+    lenses: LensTable
     columns: tuple[tuple[str, str], ...]
     facts: tuple[FactRow, ...]
     facts_notes: tuple[str, ...]
@@ -85,6 +87,7 @@ def model_sections(
         advice=tuple(advice(summary)),
         omitted=tuple(omitted),
         raw_summary=_raw_summary(summary, prompt),
+        lenses=lens_table(summary),
         columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
         facts=facts,
         facts_notes=_facts_notes(summary),

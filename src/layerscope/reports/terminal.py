@@ -12,6 +12,7 @@ from rich.text import Text
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.curves import marks
 from layerscope.reports.glossary import label, lasts
+from layerscope.reports.lenses import lens_table
 from layerscope.reports.sections import milestone_cell
 from layerscope.reports.text import number, visible
 from layerscope.reports.verdict import (
@@ -66,6 +67,7 @@ def print_summary(summary: Mapping[str, Any], table: LayersTable | None, console
     _print_facts(summary, table, console)
     if table is not None and prompt is not None:
         _print_layers(summary, table, prompt, console)
+    _print_lenses(summary, console)
     _print_reasons(summary, console)
 
 
@@ -176,6 +178,32 @@ def _print_layers(
     if not wide and marked:
         text = "; ".join(f"{layer}: {', '.join(names)}" for layer, names in sorted(marked.items()))
         console.print(Text(f"Milestones by layer: {text}", style="cyan"))
+
+
+def _print_lenses(summary: Mapping[str, Any], console: Console) -> None:
+    """Print every lens beside the others; two lenses without a fitted one stand side by side above.
+
+    Notes are printed in any case: a lens that is missing has to be said.
+    """
+    found = lens_table(summary)
+    fitted = {"norm", "raw", "norm / τ"}.issuperset(row.name for row in found.rows)
+    notes = (
+        [note for note in found.notes if not note.startswith("norm / τ")] if fitted else found.notes
+    )
+    if not fitted:
+        grid = _grid()
+        _column(grid, "lens")
+        for header in (*(f"KL {depth}" for depth in found.depths), *found.columns):
+            _column(grid, header.replace(" (layer ", "@").rstrip(")"), right=True)
+        for row in found.rows:
+            cells = (row.name, *row.bits, *(text for text, _ in row.milestones))
+            grid.add_row(*(Text(cell) for cell in cells))
+        _heading(
+            console, "Lens against lens", f"KL to final in bits; medians over {found.facts} facts"
+        )
+        console.print(grid)
+    for note in notes:
+        console.print(Text(note))
 
 
 def _marked(summary: Mapping[str, Any]) -> dict[int, list[str]]:

@@ -1,14 +1,19 @@
 // Curves over the layers: small multiples that share their axes (this prompt | ablation | control).
-LS.lensStyles = [
-  { colour: "--norm", dash: "solid" },
-  { colour: "--raw", dash: "dash" },
-  { colour: "--third", dash: "dot" },
-  { colour: "--fourth", dash: "dashdot" },
-];
+LS.lensStyles = {
+  norm: { colour: "--norm", dash: "solid" },
+  raw: { colour: "--raw", dash: "dash" },
+  tuned: { colour: "--third", dash: "solid" },
+  prism: { colour: "--fourth", dash: "solid" },
+  temperature: { colour: "--norm", dash: "dot" },
+  bias: { colour: "--third", dash: "dot" },
+  jacobian: { colour: "--fifth", dash: "dashdot" },
+};
+// A lens that is not known here takes what a known one does not need in this table.
 LS.lensStyle = (model, lens) => {
-  const order = ["norm", "raw"].filter((name) => model.lenses.includes(name));
-  const all = order.concat(model.lenses.filter((name) => !order.includes(name)));
-  return LS.lensStyles[all.indexOf(lens) % LS.lensStyles.length];
+  if (LS.lensStyles[lens]) return LS.lensStyles[lens];
+  const others = model.lenses.filter((name) => !LS.lensStyles[name]);
+  const free = Object.keys(LS.lensStyles).filter((name) => !model.lenses.includes(name));
+  return LS.lensStyles[free[others.indexOf(lens) % free.length] || "jacobian"];
 };
 
 // Whole layers only, and no more labels than fit beside one another in so many pixels.
@@ -92,10 +97,11 @@ LS.hoverText = (model, curves, i) => {
   return tokens.join(", ");
 };
 
-LS.curveTraces = (model, column, lens, panel, axes) => {
+LS.curveTraces = (model, column, lens, panel, axes, chosen) => {
   const curves = column.lenses[lens] && column.lenses[lens].curves;
   if (!curves || !curves[panel.name]) return [];
   const style = LS.lensStyle(model, lens);
+  const faint = model.lenses.length > 3 && lens !== chosen;
   return [
     {
       type: "scatter",
@@ -105,8 +111,9 @@ LS.curveTraces = (model, column, lens, panel, axes) => {
       y: curves[panel.name],
       xaxis: axes.x,
       yaxis: axes.y,
-      line: { color: LS.css(style.colour), width: 2, dash: style.dash },
-      marker: { size: 5 },
+      line: { color: LS.css(style.colour), width: faint ? 1.4 : 2.4, dash: style.dash },
+      opacity: faint ? 0.75 : 1,
+      marker: { size: faint ? 3 : 5 },
       customdata: curves.layer.map((_, i) => LS.hoverText(model, curves, i)),
       hovertemplate: LS.escaped(lens) + " <b>%{y:.4~g}</b>  %{customdata}<extra></extra>",
     },
@@ -167,7 +174,7 @@ LS.drawCurves = (host, absent, model, pass, lens) => {
       layout["yaxis" + suffix] = LS.panelAxis(panel, model, columns, c === 0, [Math.max(0, top - panelHeight / inner), top], {
         x: suffix, base: r * columns.length + 1,
       });
-      for (const name of model.lenses) traces.push(...LS.curveTraces(model, column, name, panel, { x: "x" + suffix, y: "y" + suffix }));
+      for (const name of model.lenses) traces.push(...LS.curveTraces(model, column, name, panel, { x: "x" + suffix, y: "y" + suffix }, lens));
     });
     LS.decorate(layout, column, labels[c], domain, { columns: columns.length, c, rows: panels.length, inner, lanes, lead: c === 0 });
   });
@@ -202,7 +209,7 @@ LS.curveLegend = (layout, model) => {
     .map((lens) => {
       const style = LS.lensStyle(model, lens);
       const line = { solid: "━━", dash: "╍╍", dot: "•••", dashdot: "━·" }[style.dash];
-      return '<span style="color:' + LS.css(style.colour) + '">' + line + "</span> " + LS.escaped(lens) + " lens";
+      return '<span style="color:' + LS.css(style.colour) + '">' + line + "</span> " + LS.escaped(lens);
     })
     .join("   ");
   layout.annotations.push({
