@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,13 +52,16 @@ class Item:
 class Battery:
     """Items under a name, and the wordings of their relations.
 
-    `absent` lists (item key, reason) of what the table has no answer for.
+    `absent` lists (item key, reason) of what the table has no answer for. `shared` holds (relation,
+    language, answer) of answers that several subjects have, before any selection: asked the other
+    way round, such an item has no single answer.
     """
 
     name: str
     items: tuple[Item, ...]
     wordings: Wordings
     absent: tuple[tuple[str, str], ...] = ()
+    shared: frozenset[tuple[str, str, str]] = frozenset()
 
     def __post_init__(self) -> None:
         if not any(not item.invented for item in self.items):
@@ -154,6 +158,14 @@ class Battery:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+def shared_answers(items: Iterable[Item]) -> frozenset[tuple[str, str, str]]:
+    """Return (relation, language, answer) of the answers that several real subjects have."""
+    counts = Counter(
+        (item.relation, item.language, item.answer) for item in items if not item.invented
+    )
+    return frozenset(answer for answer, count in counts.items() if count > 1)
+
+
 def _limited(items: Sequence[Item], limit: int) -> list[Item]:
     """Take `limit` entities per relation, in turn from every stratum."""
     kept: set[tuple[str, str]] = set()
@@ -214,7 +226,8 @@ def from_records(name: str, records: Iterable[Mapping[str, Any]], wordings: Word
     without = [item.key for item in items.values() if item.prompts and "orig" not in item.prompts]
     if without:
         raise PromptError(f"{without[0]} has variants but no plain wording; add one named orig")
-    return Battery(name, tuple(items.values()), wordings)
+    found = tuple(items.values())
+    return Battery(name, found, wordings, shared=shared_answers(found))
 
 
 def _values(record: Mapping[str, Any], where: str) -> dict[str, Any]:

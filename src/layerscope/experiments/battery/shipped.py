@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
-from layerscope.experiments.battery.items import Battery, Item
+from layerscope.experiments.battery.items import Battery, Item, shared_answers
 from layerscope.experiments.battery.wordings import Wordings
 
 RELATIONS = ("capital", "currency", "language")
@@ -51,7 +51,8 @@ def shipped() -> Battery:
         for language in LANGUAGES:
             for relation in RELATIONS:
                 add(row, relation, language, row[f"{relation}_{language}"], invented=True)
-    return Battery("countries", tuple(items), Wordings.builtin(), tuple(absent))
+    shared = shared_answers(items)
+    return Battery("countries", tuple(items), Wordings.builtin(), tuple(absent), shared)
 
 
 def control_item(relation: str, language: str) -> Item | None:
@@ -62,5 +63,4 @@ def control_item(relation: str, language: str) -> Item | None:
 
 def _table(name: str) -> list[Row]:
     path = resources.files("layerscope.experiments.battery").joinpath(f"data/{name}")
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -103,7 +103,7 @@ class Wordings:
 
 
 def of_name(name: str, language: str) -> str:
-    """Return a name after "of", by the language's plain rule (an article needs a column of its own)."""
+    """Return a name after "of" by the language's plain rule, without an article."""
     if language == "zh":
         return name
     if language == "de":
@@ -140,7 +140,7 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
                 f"{where}: unknown variant {name!r}{nearest(str(name), known)}; "
                 f"known: {', '.join(known)}"
             )
-        texts = cast("list[Any]", value if name == "paraphrases" else [value])
+        texts: Any = value if name == "paraphrases" else [value]
         for text in texts if isinstance(texts, list) else [None]:
             _check_slots(text, f"{where}, {name}")
     return dict(entry)
