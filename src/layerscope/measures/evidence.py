@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +38,11 @@ class Evidence:
     def n(self) -> int:
         """Number of facts."""
         return len(self.facts)
+
+    @property
+    def diagnostics(self) -> Mapping[str, Any]:
+        """The sections of the checks that looked at the model again, by name."""
+        return self.sections.get("diagnostics") or {}
 
     def layers(self, name: str) -> list[int | None]:
         """Return a milestone's first layer, one per fact."""

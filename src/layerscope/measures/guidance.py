@@ -7,13 +7,13 @@ A reason is given only when this run's own numbers call for it. Rules that hold 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from layerscope.measures import guidance_diagnostics, guidance_rules
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.evidence import Evidence, Reason
-from layerscope.measures.guidance_rules import RULES
 from layerscope.measures.pass_summary import PassSummary
 from layerscope.measures.table import TableMeta
 
@@ -26,6 +26,8 @@ CALIBRATION = frozenset(
         "numeric_health_caution",
         "high_lens_artifact_score",
         "norm_choice_next_norm",
+        "repeatability_variance_high",
+        "near_overflow",
     }
 )
 RANKS_ONLY = CALIBRATION | {"rank_only_near_uniform"}
@@ -45,7 +47,13 @@ def guide(
 ) -> dict[str, Any]:
     """Return the measurement guidance: trust, ranked reasons, and how to report."""
     evidence = Evidence(facts=facts, sections=sections, config=config, meta=meta)
-    reasons = rank([reason for rule in RULES for reason in rule(evidence)])
+    reasons = rank(
+        reason
+        for rules in (guidance_rules.RULES, guidance_diagnostics.RULES)
+        for rule in rules
+        for reason in rule(evidence)
+    )
+    preferred = guidance_diagnostics.preferred_lens(sections)
     codes = {reason.code for reason in reasons}
     trust = trust_of(reasons)
     base = facts[0].fields.get("L_semantic_confirmed")
@@ -54,15 +62,53 @@ def guide(
         "reasons": [asdict(reason) for reason in reasons],
         "prefer_ranks": bool(codes & RANKS_ONLY),
         "suppress_abs_probs": bool(codes & CALIBRATION),
-        "preferred_lens_for_reporting": sections["primary_lens"],
+        "preferred_lens_for_reporting": preferred["lens"],
+        "preferred_lens_reason": preferred["reason"],
+        "preferred_semantics_lens_hint": preferred["hint"],
         "use_confirmed_semantics": base is not None,
+        "confirmed_milestones": confirmed_milestones(facts, sections),
+        "not_checked": guidance_diagnostics.not_checked(sections),
         "notes": NOTES[trust],
     }
 
 
+def confirmed_milestones(
+    facts: Sequence[PassSummary], sections: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return, per fact, the onset to quote: the confirmed row, by whom, and from where it stays.
+
+    `preferred` is the most demanding milestone that was reached.
+    """
+    confirmed: Mapping[str, Any] = sections["confirmed_semantics"]
+    entries: list[dict[str, Any]] = []
+    for fact in facts:
+        prompt = fact.part.prompt
+        key = prompt.fact_key or f"prompt {prompt.prompt_index}"
+        test: Mapping[str, Any] = confirmed.get(key) or {}
+        onset = fact.milestones["L_semantic"]
+        entries.append(
+            {
+                "fact_key": prompt.fact_key,
+                "prompt_index": prompt.prompt_index,
+                "L_semantic": onset.first,
+                "stable": onset.stable,
+                "L_semantic_confirmed": test.get("L_semantic_confirmed"),
+                "confirmed_source": test.get("confirmed_source"),
+                "preferred": fact.fields["preferred_milestone"],
+            }
+        )
+    return entries
+
+
 def rank(reasons: Iterable[Reason]) -> list[Reason]:
-    """Sort reasons by severity, keeping the order of the rules within one."""
-    return sorted(reasons, key=lambda reason: RANK[reason.severity])
+    """Sort reasons by severity, keeping the order of the rules within one; a code stands once.
+
+    Of reasons that share a code the most severe is kept, the first of these.
+    """
+    kept: dict[str, Reason] = {}
+    for reason in sorted(reasons, key=lambda reason: RANK[reason.severity]):
+        kept.setdefault(reason.code, reason)
+    return list(kept.values())
 
 
 def trust_of(reasons: Sequence[Reason]) -> str:
