@@ -305,6 +305,25 @@ class SparseDictionary:
             "would be wrong: give activation_scale to `load` instead, once"
         )
 
+    def but(self, **parts: Any) -> SparseDictionary:
+        """Return a dictionary with some parts replaced, named as in the constructor."""
+        given: dict[str, Any] = {
+            "reads": self.reads,
+            "writes": self.writes,
+            "encoder": self.encoder,
+            "decoders": self.decoders,
+            "gate": self.gate,
+            "bias": self.bias,
+            "decoder_bias": self.decoder_bias,
+            "center": self.center,
+            "skip": self.skip,
+            "token_norm": self.token_norm,
+            "convention": self.details,
+            "facts": self.facts,
+            "space": self.space.name,
+        }
+        return SparseDictionary(**{**given, **parts})
+
     def require_model(self, model: LanguageModel, *, other_model: bool = False) -> None:
         """Check that a model has the sites and width of this dictionary, and its name.
 

@@ -122,12 +122,13 @@ class Matrix:
 
     def _read(self, values: Tensor, scale: Tensor | None) -> Tensor:
         self.bytes_read += values.numel() * values.element_size()
-        if scale is None:
-            found = values.to(self.device, self.dtype, copy=True).contiguous()
-        else:
+        # One copy from the mapped file, whatever its layout: nothing else of this size exists.
+        wide = self.dtype
+        if scale is not None:
             wide = torch.promote_types(self.dtype, torch.float32)
-            found = values.to(self.device, wide).contiguous()
-            found = (found * scale.to(found.device, wide)[:, None]).to(self.dtype)
+        found = torch.empty(values.shape, dtype=wide, device=self.device).copy_(values)
+        if scale is not None:
+            found = found.mul_(scale.to(found.device, wide)[:, None]).to(self.dtype)
         # The sum is finite unless an entry is not, or it overflows; only then look closer.
         if not bool(found.sum().isfinite()) and not bool(found.isfinite().all()):
             bad = int((~found.isfinite()).any(dim=1).nonzero()[0])

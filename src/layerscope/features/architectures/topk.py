@@ -43,8 +43,8 @@ class _Ranked(Gate):
     def scaled(self, units: Float[Tensor, " n"]) -> Gate:
         """Return the gate that ranks the same features in the new units."""
         old = torch.ones_like(units) if self.weights is None else self.weights
-        weights = (old.double() / units.double()).to(units.dtype)
-        return type(self)(self.k, None if bool((weights == 1).all()) else weights)
+        weights = (old.double() / units.double()).float()
+        return type(self)(self.k, None if bool((weights == weights[0]).all()) else weights)
 
     @property
     def _by(self) -> str:

@@ -118,6 +118,7 @@ class Raw:
         norm_words, notes: for the convention line.
         facts: JSON-able, kept with the dictionary.
         folded: folding was done by whoever stored it; nothing may be folded again.
+        finish: makes the folded dictionary one of another class.
     """
 
     format: str
@@ -140,6 +141,7 @@ class Raw:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     folded: bool = False
+    finish: Callable[[SparseDictionary], SparseDictionary] | None = None
 
     def fold(self, *, space: str = "") -> SparseDictionary:
         """Return the dictionary in raw units; done once.
@@ -181,7 +183,7 @@ class Raw:
         skip = self.skip
         if skip is not None:
             skip = (skip.double() * (s_in / s_out)).to(wide)
-        return SparseDictionary(
+        made = SparseDictionary(
             reads=self.reads,
             writes=self.writes,
             encoder=self.encoder.scaled(units * s_in),
@@ -196,11 +198,12 @@ class Raw:
             facts={"format": self.format, **self.facts},
             space=space,
         )
+        return made if self.finish is None else self.finish(made)
 
     def _ranked(self, norms: Tensor) -> Gate:
         """Return the gate that judges values times decoder norm."""
         if isinstance(self.gate, TopK | BatchTopK | GroupMax):
-            return type(self.gate)(self.gate.k, norms.float())
+            return type(self.gate)(self.gate.k, norms)
         return self.gate.scaled(1 / norms)
 
     def _convention(self, gate: Gate) -> Convention:

@@ -6,9 +6,36 @@ from pathlib import Path
 
 from layerscope.errors import DictionaryError, nearest
 from layerscope.features.formats.base import Format, Found
+from layerscope.features.formats.circuit_tracer import CircuitTracer
+from layerscope.features.formats.deepseek_r1 import DeepSeekR1
+from layerscope.features.formats.dictionary_learning import DictionaryLearning
+from layerscope.features.formats.gemma_scope import GemmaScope
+from layerscope.features.formats.gemma_scope_2 import GemmaScope2
+from layerscope.features.formats.goodfire import Goodfire
+from layerscope.features.formats.llama_scope import LlamaScope
+from layerscope.features.formats.llama_scope_r1 import LlamaScopeR1
+from layerscope.features.formats.llamascopium import Llamascopium
+from layerscope.features.formats.qwen_scope import QwenScope
 from layerscope.features.formats.saelens import SaeLens
+from layerscope.features.formats.sparsify import Sparsify
+from layerscope.features.formats.temporal import TemporalSae
 
-FORMATS: tuple[Format, ...] = (SaeLens(),)
+# In this order folders are tried; what is told by the contents of its files comes last.
+FORMATS: tuple[Format, ...] = (
+    SaeLens(),
+    GemmaScope(),
+    GemmaScope2(),
+    LlamaScope(),
+    LlamaScopeR1(),
+    Llamascopium(),
+    Sparsify(),
+    DictionaryLearning(),
+    CircuitTracer(),
+    QwenScope(),
+    Goodfire(),
+    DeepSeekR1(),
+    TemporalSae(),
+)
 
 
 def format_of(name: str) -> Format:

@@ -106,6 +106,7 @@ class SaeLens(Format):
                 "expected_fvu": _stored(metadata, "fvu"),
                 "prepend_bos": metadata.get("prepend_bos"),
                 "context_size": metadata.get("context_size"),
+                "skip": _stored(metadata, "skip"),
             },
             folded=folded,
         )
