@@ -7,7 +7,7 @@ import torch
 
 import layerscope
 from layerscope.errors import EditError, SiteError
-from layerscope.models import Start
+from layerscope.models import Add, Capture, Start
 from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
 from layerscope.models.run import plan
 from support.loaded import EVERY, batch_of, hf, loaded, real, state_of
@@ -96,6 +96,44 @@ def test_start_and_stop_together_compute_one_block(family):
     )
     assert calls.stop() == 1
     assert torch.equal(result["resid_post.1"], full["resid_post.1"])
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_a_lean_pass_gives_the_positions_asked_for(family):
+    model, batch = loaded(family), batch_of()
+    before = state_of(hf(model))
+    end = Capture("final_norm", positions=[-1])
+    full = model.run(batch, capture=end, logits="last")
+    lean = model.run(batch, capture=end, logits="last", lean=True)
+    torch.testing.assert_close(lean.logits, full.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lean["final_norm"], full["final_norm"], rtol=1e-5, atol=1e-5)
+    # An edit inside the last block, and everything that wants all positions, acts as ever.
+    edit = Add("mlp_out.-1", torch.ones(model.d_model), positions=-1)
+    for options in ({"edits": [edit]}, {"capture": "mlp_out.-1"}, {"logits": "all"}):
+        plain = model.run(batch, **{"logits": "last", **options})
+        again = model.run(batch, **{"logits": "last", **options}, lean=True)
+        for row in range(3):
+            last = -1 if plain.logits.shape[1] == 1 else batch.lengths[row] - 1
+            torch.testing.assert_close(
+                again.logits[row, last], plain.logits[row, last], rtol=1e-5, atol=1e-5
+            )
+        for site in plain:
+            torch.testing.assert_close(again[site], plain[site], rtol=1e-5, atol=1e-5)
+    assert state_of(hf(model)) == before
+
+
+def test_a_lean_pass_computes_less():
+    model, batch = loaded("llama"), batch_of()
+    seen = []
+    mlp = model.backend.structure.blocks[-1].mlp.module
+    handle = mlp.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+    try:
+        model.run(batch, logits="last", lean=True)
+        model.run(batch, logits="last")
+        model.run(batch, logits="all", lean=True)
+    finally:
+        handle.remove()
+    assert seen == [1, 9, 9]
 
 
 def test_sites_out_of_reach_are_named():

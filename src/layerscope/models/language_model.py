@@ -260,6 +260,7 @@ class LanguageModel:
         gradients: bool = False,
         cache: Cache | None = None,
         keep_cache: bool = False,
+        lean: bool = False,
     ) -> RunResult:
         """Run one forward pass: the only way one happens.
 
@@ -279,6 +280,8 @@ class LanguageModel:
             cache: keys and values of an earlier run, whose rows the prompts continue (a text then
                 gets no BOS); positions count the whole sequence.
             keep_cache: keep keys and values of all tokens so far in the result.
+            lean: let a backend that can leave out what logits and captures of the final norm do not
+                need of the last block; the rounding is then that of smaller products.
 
         Raises:
             SiteError, CapabilityError, EditError, PromptError: the request, before anything runs.
@@ -300,6 +303,7 @@ class LanguageModel:
             gradients=gradients,
             cache=cache,
             keep_cache=keep_cache,
+            lean=lean,
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
             raise CapabilityError(self.backend.why_lacking(Capability.GRADIENTS))

@@ -97,6 +97,16 @@ class RunPlan:
     gradients: bool = False
     cache: Cache | None = None
     keep_cache: bool = False
+    lean: bool = False
+
+    def wanted(self) -> Int[Tensor, "batch pos"] | None:
+        """Return the only columns of the last block's output that anything reads; None for all."""
+        last = ("final_norm", "logits")
+        columns = [capture.columns for capture in self.captures if capture.site.kind in last]
+        if self.logits is not None:
+            columns.append(None if isinstance(self.logits, str) else self.logits)
+        found = [some for some in columns if some is not None]
+        return torch.cat(found, dim=1) if found and len(found) == len(columns) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +172,7 @@ def plan(
     gradients: bool = False,
     cache: Cache | None = None,
     keep_cache: bool = False,
+    lean: bool = False,
 ) -> RunPlan:
     """Validate a request against a backend and a batch, before anything is computed.
 
@@ -191,6 +202,7 @@ def plan(
         gradients=gradients,
         cache=cache,
         keep_cache=keep_cache,
+        lean=lean,
     )
 
 

@@ -25,6 +25,7 @@ from layerscope.models.backends.huggingface.hooks import (
     Recorder,
     Resume,
     installed,
+    narrowed,
     stopping_after,
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
@@ -151,6 +152,9 @@ class HuggingFaceBackend:
             if kernels:
                 stack.enter_context(TAPS.installed(kernels))
             stack.enter_context(stopping_after(recorder, last))
+            columns = plan.wanted() if plan.lean and plan.stop_after is None else None
+            if columns is not None and columns.shape[1] < batch.width:
+                stack.enter_context(narrowed(recorder, self._narrow(recorder), columns))
             logits, cache = self._forward(plan, recorder)
             if logits is not None and recorder.wants(_LOGITS):
                 logits = recorder.visit(_LOGITS, logits)
@@ -158,6 +162,17 @@ class HuggingFaceBackend:
 
     def _point(self, site: Site) -> Point:
         return Point(_LOGITS) if site.kind == "logits" else self._points[site]
+
+    def _narrow(self, recorder: Recorder) -> list[nn.Module]:
+        """Return modules of the last block that may compute some positions alone."""
+        block = self.structure.blocks[-1]
+        inside = set(block.whole.module.modules())
+        # What is seen or edited beyond the block's input must be whole.
+        for carrier in recorder.carriers:
+            entry = carrier.module is block.whole.module and carrier.side == "input"
+            if carrier.module in inside and not entry:
+                return []
+        return [block.mlp.module, *([block.inner.out.module] if block.inner.out else [])]
 
     def why_lacking(self, capability: Capability) -> str:
         """Return one line on why this model has not a capability, and what would have it."""

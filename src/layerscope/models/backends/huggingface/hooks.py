@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -207,6 +207,48 @@ def stopping_after(run: object, block: nn.Module | None) -> Generator[None]:
         pass
     finally:
         handle.remove()
+
+
+@contextmanager
+def narrowed(
+    run: object, modules: Iterable[nn.Module], columns: Int[Tensor, "batch pos"]
+) -> Generator[None]:
+    """Let modules that treat every position alone compute some columns; the others become zero.
+
+    A module that reads something beside the activation, or reads it flattened, computes all.
+    """
+    widths: dict[nn.Module, int] = {}
+
+    def pick(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if current_run() is not run or kwargs is None:
+            return None
+        value = _first_tensor(args, kwargs)
+        tensors = sum(isinstance(given, Tensor) for given in (*args, *kwargs.values()))
+        if value.ndim != 3 or value.shape[0] != columns.shape[0] or tensors > 1:
+            return None
+        widths[module] = value.shape[1]
+        rows = torch.arange(value.shape[0], device=value.device)[:, None]
+        return _with_input(args, kwargs, value[rows, columns.to(value.device)])
+
+    def spread(module: nn.Module, _args: Any, output: Any) -> Any:
+        width = widths.pop(module, None) if current_run() is run else None
+        if width is None:
+            return None
+        value = first_tensor(output)
+        whole = value.new_zeros(value.shape[0], width, *value.shape[2:])
+        rows = torch.arange(value.shape[0], device=value.device)[:, None]
+        whole[rows, columns.to(value.device)] = value
+        return whole if not isinstance(output, tuple) else (whole, *output[1:])
+
+    handles: list[RemovableHandle] = []
+    try:
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(pick, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(spread))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Resume:
