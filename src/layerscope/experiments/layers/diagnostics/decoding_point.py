@@ -113,13 +113,13 @@ def _one(read: Readout, index: int) -> measure.Decoded:
 
 
 def _complaints(entry: dict[str, Any]) -> list[str]:
-    """Name the milestone rows whose truth depends on the norm, once for each other norm."""
+    """Name the rows whose truth depends on the norm, once for each other norm."""
     if entry["gate"]["decoding_point_consistent"] is not False:
         return []
     off = [e for e in entry["per_target"] if e.get("rank1_agree") is False]
     lines = [
-        f"{entry['fact_key']}: at {name} (row {layer}) the answer is top-1 under only one of "
+        f"{entry['fact_key']}: at row {layer} the answer is top-1 under only one of "
         f"{entry['reference']} and {choice}"
-        for name, layer, choice in dict.fromkeys((e["name"], e["layer"], e["choice"]) for e in off)
+        for layer, choice in dict.fromkeys((e["layer"], e["choice"]) for e in off)
     ]
     return lines or [f"{entry['fact_key']}: the norms share few of the ten most likely tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -30,7 +31,10 @@ from layerscope.experiments.layers.diagnostics.sidecars import (
     tau_norm_per_layer,
     tuned_attribution,
 )
+from layerscope.experiments.layers.diagnostics.skip_layers import skip_layers_sanity
+from layerscope.experiments.layers.diagnostics.tuned_audit import tuned_audit
 from layerscope.experiments.units import Progress, UnitStore, work_key
+from layerscope.files import sha256_file
 from layerscope.lenses.base import Lens
 from layerscope.measures.table import LayersTable
 
@@ -50,6 +54,8 @@ CHECKS: dict[str, Callable[[Material], Section]] = {
     "gate_stability_small_scale": gate_stability,
     "lens_consistency": lens_consistency,
     "position_window": position_window,
+    "skip_layers_sanity": skip_layers_sanity,
+    "tuned_audit": tuned_audit,
     "tau_norm_per_layer": tau_norm_per_layer,
     "tuned_attribution": tuned_attribution,
     "prism_summary": prism_summary,
@@ -63,6 +69,7 @@ def diagnose(
     table: LayersTable,
     *,
     level: str = "standard",
+    text: str | Path | None = None,
     units: UnitStore | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Section]:
@@ -73,6 +80,7 @@ def diagnose(
         lenses: those it was decoded with.
         table: its rows.
         level: "standard" (eight passes, 2048 tokens of text) or "full".
+        text: held-out text (plain, JSON lines or Parquet); a page of prose by default.
         units: where finished sections are kept, so that a killed run goes on after the last one.
         progress: called with (sections done, sections in all).
 
@@ -85,10 +93,10 @@ def diagnose(
     """
     settings = Settings.of(level)
     named = lenses if isinstance(lenses, Mapping) else {lens.name: lens for lens in lenses}
-    material = Material(planned, named, table, settings)
+    material = Material(planned, named, table, settings, text=None if text is None else str(text))
     found: dict[str, Section] = {}
     for name, check in CHECKS.items():
-        key = _key(planned, name, settings, table)
+        key = _key(planned, name, settings, text)
         found[name] = _kept(units, key) or _make(check, material)
         if units is not None and _kept(units, key) is None:
             units.put_unit(key, pl.DataFrame({"section": [name]}), found[name])
@@ -110,8 +118,8 @@ def _kept(units: UnitStore | None, key: str) -> Section | None:
     return None if kept is None else kept[1]
 
 
-def _key(planned: Plan, name: str, settings: Settings, table: LayersTable) -> str:
+def _key(planned: Plan, name: str, settings: Settings, text: str | Path | None) -> str:
     # The keys of the run's own units cover configuration, prompts, lenses, weights and versions.
-    return work_key(
-        "layers.diagnostics", name, settings.to_dict(), [unit.key for unit in planned.units]
-    )
+    source = None if text is None else [str(text), sha256_file(Path(text))]
+    units = [unit.key for unit in planned.units]
+    return work_key("layers.diagnostics", name, settings.to_dict(), source, units)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from layerscope.experiments.layers.diagnostics.material import Material
 from layerscope.experiments.layers.diagnostics.sections import Section, all_hold, result
-from layerscope.experiments.layers.diagnostics.temperatures import best_temperature
+from layerscope.experiments.layers.diagnostics.temperatures import (
+    BestTemperature,
+    best_temperature,
+)
 from layerscope.measures.last_row import last_row_warns
 from layerscope.readout import Unembedding
 
@@ -79,11 +82,13 @@ def _compare(
         if transformed is not None
     }
     full = head.logits(hidden[None])[0]
-    fit = best_temperature(full, head_logits)
-    kl = fit.kl_bits
+    kl = _kl(full, head_logits)
+    # What is exact needs no temperature, and the search reads the vocabulary many times.
+    exact = kl <= bound
+    fit = BestTemperature(1.0, kl, kl, True) if exact else best_temperature(full, head_logits)
     return {
         "kl_to_final_bits": kl,
-        "exact": bool(kl <= bound),  # NaN is not exact
+        "exact": exact,  # NaN is not exact
         "top1_agree": bool(full.argmax() == head_logits.argmax()),
         "p_top1_lens": float(full.double().softmax(-1).max()),
         "p_top1_model": float(head_logits.double().softmax(-1).max()),

@@ -52,13 +52,7 @@ def lens_consistency(material: Material) -> Section:
     for name in others:
         low = [entry for entry in per_pass if any(e["lens"] == name for e in entry["low"])]
         gates[f"lenses_agree.norm_{name}"] = not low
-    warnings = [
-        f"{entry['fact_key']}: norm and {low['lens']} rank tokens differently at {low['name']} "
-        f"(row {low['layer']}): Jaccard@10 {low['jaccard@10']:.2f}, "
-        f"Spearman {_text(low['spearman_top50'])}"
-        for entry in per_pass
-        for low in entry["low"]
-    ]
+    warnings = [line for name in others if (line := _complaint(per_pass, name))]
     return result(
         gates,
         thresholds={"least": material.config.measures.consistency_min},
@@ -70,8 +64,24 @@ def lens_consistency(material: Material) -> Section:
     )
 
 
-def _text(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
+def _complaint(per_pass: list[dict[str, Any]], lens: str) -> str:
+    """Say at how many passes a lens ranks otherwise than norm, and where worst; "" if none."""
+    low = [
+        (entry["fact_key"], found)
+        for entry in per_pass
+        for found in entry["low"]
+        if found["lens"] == lens
+    ]
+    if not low:
+        return ""
+    fact, worst = min(low, key=lambda pair: pair[1]["jaccard@10"])
+    rho = worst["spearman_top50"]
+    return (
+        f"norm and {lens} rank tokens differently at milestones of "
+        f"{len({key for key, _ in low})} of {len(per_pass)} passes; worst {fact} at "
+        f"{worst['name']} (row {worst['layer']}): Jaccard@10 {worst['jaccard@10']:.2f}, Spearman "
+        f"{'unknown' if rho is None else format(rho, '.2f')}"
+    )
 
 
 def _rows(

@@ -18,6 +18,7 @@ from torch import Tensor
 from layerscope.experiments.layers.diagnostics.onsets import recorded
 from layerscope.experiments.layers.diagnostics.sections import Skipped
 from layerscope.experiments.layers.diagnostics.settings import GRID, Settings
+from layerscope.experiments.layers.diagnostics.splitting import variants_of
 from layerscope.experiments.layers.prepare import BYTES_PER_VALUE, COPIES, PreparedPass
 from layerscope.lenses.base import Lens
 from layerscope.lenses.norm import NormLens
@@ -79,6 +80,7 @@ class Material:
         model: the model of the run.
         passes: the passes that are looked at: facts in their original wording first.
         left_out: how many passes of the run are not.
+        text: a file of held-out text; None for the built-in one.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class Material:
         lenses: Mapping[str, Lens],
         table: LayersTable,
         settings: Settings,
+        *,
+        text: str | None = None,
     ) -> None:
         self.planned = planned
         self.model: LanguageModel = planned.model
@@ -94,6 +98,7 @@ class Material:
         self.lenses = dict(lenses)
         self.table = table
         self.settings = settings
+        self.text = text
         self.n_rows = self.model.n_layers + 1
         self._made: dict[str, Any] = {}
         self.passes, self.left_out = self._choose()
@@ -266,6 +271,21 @@ class Material:
     def milestones(self, item: PreparedPass) -> dict[str, int | None]:
         """Return the milestones of a pass that the table records for the norm lens."""
         return recorded(self.part(item), self.config.measures, self.model.d_vocab)
+
+    @cached_property
+    def variants(self) -> dict[str, Lens]:
+        """The parts of the tuned lens as lenses; empty without one."""
+        return variants_of(self.model, self.lenses)[0]
+
+    @property
+    def variant_sources(self) -> dict[str, str]:
+        """Where the variants that are fitted separately come from."""
+        return variants_of(self.model, self.lenses)[1]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the residuals of one position while a batch is worked on."""
+        return self.n_rows * self.model.d_model * COPIES * BYTES_PER_VALUE
 
     @property
     def low(self) -> bool:

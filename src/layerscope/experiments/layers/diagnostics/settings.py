@@ -21,6 +21,8 @@ class Settings:
         repeats: most of these that are run anew for repeatability.
         text_tokens: tokens of held-out text.
         text_length: longest sequence of it.
+        sample_tokens, sample_length: the same for text that the model writes itself.
+        audit_places: positions of it that every variant of a tuned lens reads.
         decided_gap: logits by which a top-1 must lead for a change of it to count.
         exact_bits, exact_bits_low: largest KL of the last row from the head, in float32 and in
             half precision.
@@ -33,6 +35,9 @@ class Settings:
     repeats: int = 8
     text_tokens: int = 2048
     text_length: int = 512
+    sample_tokens: int = 1024
+    sample_length: int = 128
+    audit_places: int = 128
     decided_gap: float = 0.5
     exact_bits: float = 1e-6
     exact_bits_low: float = 1e-3
@@ -47,7 +52,9 @@ class Settings:
             raise ConfigError(
                 f"unknown level {level!r}{nearest(level, LEVELS)}; use {' or '.join(LEVELS)}"
             )
-        return Settings(passes=1_000_000, text_tokens=16_384) if level == "full" else Settings()
+        if level == "standard":
+            return Settings()
+        return Settings(passes=1_000_000, text_tokens=16_384, sample_tokens=8192, audit_places=512)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting under its name."""
