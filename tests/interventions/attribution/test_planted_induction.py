@@ -11,10 +11,17 @@ import torch
 from layerscope.interventions.attribution import (
     Contrast,
     Node,
+    Receiver,
+    atp_star,
     attribution_patching,
+    edge_attribution,
+    exact_edges,
     exact_effects,
     integrated_gradients,
+    saturated_heads,
+    verify,
 )
+from layerscope.interventions.stream import Writer
 from layerscope.models import Site, ZeroAblate
 from support.toy_induction import InductionToy, induction_toy
 
@@ -142,3 +149,49 @@ def test_observed_orders() -> None:
     for rule, order in (("left", 1), ("midpoint", 2)):
         assert math.log2(error(rule, 20) / error(rule, 40)) == pytest.approx(order, abs=0.1)
     assert error("gauss-legendre", 20) < 1e-5 * error("gauss-legendre", 10)
+
+
+@pytest.mark.parametrize("beta", TABLE)
+def test_the_only_live_path_is_into_the_keys(beta: float) -> None:
+    """Effect through K / Q / V of head 1.0: everything, nothing, nothing."""
+    _, contrast = planted(beta)
+    head = Writer(0, "head", 0)
+    edges = [(head, receiver) for receiver in edge_attribution(contrast).receivers[12:]]
+    exact = exact_edges(contrast, edges)
+    aware = edge_attribution(contrast, qk="recomputed")
+    for edge in edges:
+        expected = TABLE[beta][0] if edge[1] == Receiver(1, "k", 0) else 0.0
+        assert abs(float(exact[edge].mean()) - expected) <= 5.1e-4, str(edge[1])
+        assert abs(float(aware[edge].mean()) - expected) <= 5.1e-4, str(edge[1])
+    assert aware.nodes()[head].mean().item() == pytest.approx(TABLE[beta][0], abs=5.1e-4)
+    for writer, score in aware.nodes().items():
+        if writer.kind == "head" and writer.head != 0:
+            assert float(score.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("beta", (8, 20, 60))
+def test_recomputed_keys_are_seen_at_every_strength(beta: float) -> None:
+    _, contrast = planted(beta)
+    scores = atp_star(contrast, "keys", grad_drop=False)
+    node = Node(Site("attn.k", 1), 0)
+    exact = exact_effects(contrast, [node])[node]
+    torch.testing.assert_close(scores.of(node), exact, rtol=1e-3, atol=1e-3)
+    assert abs(attribution_patching(contrast, "keys").mean(node)) < 0.15
+
+
+@pytest.mark.parametrize("beta", (8, 20, 60))
+def test_the_report_warns_where_gradients_are_blind(beta: float) -> None:
+    _, contrast = planted(beta)
+    report = verify(attribution_patching(contrast), top=2, sample=6)
+    assert PREVIOUS in report.blind
+    line = report.warnings[0]
+    assert line.startswith("blind: saturated attention in attn.1.head.0")
+    assert "attn.0.head.0.z (exact -7." in line
+    (head,) = saturated_heads(contrast)
+    assert (head.layer, head.head) == (1, 0)
+    assert head.whole == pytest.approx(TABLE[beta][0], abs=1e-3)
+
+
+def test_the_report_is_quiet_where_gradients_see() -> None:
+    _, contrast = planted(3)
+    assert verify(attribution_patching(contrast), top=2, sample=6).warnings == ()
