@@ -259,10 +259,10 @@ def test_the_earliest_soft_copy(
 def test_the_dialect_byte_for_byte(tmp_path: Path) -> None:
     frame = pl.DataFrame(
         {
-            "f": [0.1, 1e-05, None, 1e22, float("nan")],
-            "b": [True, False, None, True, False],
-            "t": ['a,"b"', "new\nline", "back\\slash", " →", "�"],
-            "i": [1, None, 3, 4, 5],
+            "f": [0.1, 1e-05, None, 1e22, float("nan"), 0.0],
+            "b": [True, False, None, True, False, True],
+            "t": ['a,"b"', "new\nline", "back\\slash", " →", "�", "\ufeff\r"],
+            "i": [1, None, 3, 4, 5, 6],
         }
     )
     path = write_csv(tmp_path / "x.csv", frame)
@@ -275,6 +275,7 @@ def test_the_dialect_byte_for_byte(tmp_path: Path) -> None:
             ",,back\\\\slash,3\n"
             "1e+22,True, →,4\n"
             "nan,False,�,5\n"
+            '0.0,True,"\ufeff\r",6\n'
         ).encode()
     )
     assert [row["t"] for row in read(path)] == frame["t"].to_list()

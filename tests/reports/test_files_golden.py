@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from layerscope.measures.published import read_published
+from layerscope.measures.published_audit import (
+    companions,
+    published_sections,
+    read_positions,
+    read_variants,
+)
 from layerscope.measures.summary import summarise
 from layerscope.reports.files import write_run_files
 from layerscope.reports.files.dialect import Contract
@@ -38,27 +44,52 @@ def pair(
     """Return (file name stem, published folder, folder written from the published tables)."""
     stem = f"output-{request.param}-"
     published = shared_path("published", stem + PURE).parent
+    files = companions(published / (stem + PURE))
     table = read_published(
         published / (stem + PURE),
-        rawlens=published / (stem + RAW),
-        others={"tuned": published / (stem + "pure-next-token-tuned.csv")},
+        rawlens=files["rawlens"],
+        others={lens: files[lens] for lens in ("tuned", "prism")},
     )
+    sections = published_sections(
+        table,
+        variants=read_variants(files["variants"]),
+        positions=read_positions(files["positions"]),
+    )
+    # The publisher shows the audit of the last fact as the first one's; to compare files, so do we.
+    assert sections["tuned_audit"]["prompt_index"] == 8
+    sections["tuned_audit"]["prompt_index"] = 0
     ours = tmp_path_factory.mktemp(request.param)
-    write_run_files(table, summarise(table).to_dict(), {}, ours)
+    write_run_files(table, summarise(table, diagnostics=sections).to_dict(), {}, ours)
     return stem, published, ours
 
 
-@pytest.mark.parametrize("name", [PURE, RAW, WINDOW, "milestones.csv", "artifact-audit.csv"])
+def test_every_published_file_is_written(pair: tuple[str, Path, Path]) -> None:
+    stem, published, ours = pair
+    theirs = {path.name for path in published.glob(f"{stem.removesuffix('-')}*")}
+    mine = {path.name for path in ours.iterdir()}
+    assert theirs <= mine
+    more = {name.removeprefix(stem) for name in mine - theirs}
+    # Published for the smaller models only, and not in this folder; and the typed table.
+    assert more == {"records.csv", "records-prism.csv", "records-tuned.csv", "layers.parquet"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("milestones.csv", "artifact-audit.csv", "positions-tuned-audit.csv"),
+        *(f"pure-next-token-{end}.csv" for end in ("prism", "tuned", "tuned-variants")),
+    ],
+)
+def test_files_are_equal_byte_for_byte(pair: tuple[str, Path, Path], name: str) -> None:
+    stem, published, ours = pair
+    assert (ours / (stem + name)).read_bytes() == (published / (stem + name)).read_bytes()
+
+
+@pytest.mark.parametrize("name", [PURE, RAW, WINDOW])
 def test_headers_are_equal_byte_for_byte(pair: tuple[str, Path, Path], name: str) -> None:
     stem, published, ours = pair
     with (published / (stem + name)).open("rb") as one, (ours / (stem + name)).open("rb") as two:
         assert two.readline() == one.readline()
-
-
-@pytest.mark.parametrize("name", ["milestones.csv", "artifact-audit.csv"])
-def test_small_files_are_equal_byte_for_byte(pair: tuple[str, Path, Path], name: str) -> None:
-    stem, published, ours = pair
-    assert (ours / (stem + name)).read_bytes() == (published / (stem + name)).read_bytes()
 
 
 def test_every_cell_of_the_last_position_is_equal(pair: tuple[str, Path, Path]) -> None:

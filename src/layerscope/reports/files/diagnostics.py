@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerscope.measures.normalisation import layer_map, normalisation_provenance
+from layerscope.measures.sections import ran, skipped, why_not
 from layerscope.measures.table import PromptInfo
-from layerscope.reports.files.skipped import skipped
 from layerscope.reports.files.view import View
 
-# Stages of the earlier system that need a lens or a pass which this experiment does not have.
-_SKIPPED = {
-    "prism_summary": "no prism lens was run",
-    "tuned_lens": "no tuned lens was run",
-    "skip_layers_sanity": "no tuned lens was run",
-    "tau_norm_per_layer": "no temperature per layer was fitted",
-    "gate_stability_small_scale": "needs the logits of every row, which are not kept",
-    "repeatability": "a second decoding is not part of this experiment",
-    "repeatability_forward": "a second pass is not part of this experiment",
-    "decoding_point": "one norm choice per run; compare two runs",
-    "lens_consistency": "needs full-vocabulary ranks of two lenses, which are not kept",
-    "position_window": "the answer is known at the last position only",
-}
+# Checks that need the model again, and why a run without them has none.
+_AGAIN = "the run made no checks that need the model again"
+_CHECKS = (
+    *("skip_layers_sanity", "gate_stability_small_scale", "repeatability", "repeatability_forward"),
+    *("decoding_point", "lens_consistency", "position_window"),
+)
+_ROWS = ("variants", "positions")  # of the tuned audit: in files of their own
 _NOT_BASELINE = ("prompt_index", "fact_key", "fact_index", "prompt_id", "prompt_variant", "lens")
 _RAW_KEYS = ("raw_lens_window", "raw_lens_full")
 
@@ -64,13 +59,19 @@ def diagnostics(view: View, provenance: Mapping[str, Any], *, identity: str) -> 
             "window_ks": list(config.copy_soft_window_ks),
             "extra_thresholds": list(config.copy_soft_extra_thresholds),
         },
-        "copy_mask": summary.get("copy_mask"),
+        "copy_mask": ran(view.sections, "copy_mask") or summary.get("copy_mask"),
         **baseline,
+        **_tuned_fields(view),
         **raw,
         "topk_overlap": overlap or skipped("the raw or the norm lens was not run"),
         "config": {"lens_artifact_score": _score_config(view), "measures": summary.get("config")},
-        "normalization_provenance": _normalisation(view),
-        "layer_map": _layer_map(view),
+        "normalization_provenance": ran(view.sections, "normalization_provenance")
+        or normalisation_provenance(
+            view.baseline_part,
+            arch=view.table.meta.architecture,
+            strategy=view.table.meta.norm_choice,
+        ),
+        "layer_map": layer_map(view.baseline_part),
         "numeric_health": _health(summary),
         "gold_alignment": gold_alignment(prompt) if prompt else skipped("no prompt is known"),
         "gold_alignment_rate": alignment.get("rate"),
@@ -90,8 +91,47 @@ def diagnostics(view: View, provenance: Mapping[str, Any], *, identity: str) -> 
         "L_semantic_confirmed": view.confirmed.get("L_semantic_confirmed"),
         "micro_suite": summary.get("micro_suite"),
         "norm_trajectory": summary.get("norm_trajectory"),
-        **{name: skipped(reason) for name, reason in _SKIPPED.items()},
+        **_other_lenses(view),
+        **{name: check(view, name) for name in _CHECKS},
     }
+
+
+def check(view: View, name: str) -> dict[str, Any]:
+    """Return a check of the model that ran, or {status, reason}; its tables are left out."""
+    section = ran(view.sections, name)
+    if section is None:
+        return why_not(view.sections, name, _AGAIN)
+    return {key: value for key, value in section.items() if key not in _ROWS}
+
+
+def _other_lenses(view: View) -> dict[str, Any]:
+    """Return what is known of the prism, tuned and temperature lenses."""
+    summary = view.summary
+    audit = ran(view.sections, "skip_layers_sanity") or {}
+    tau: Mapping[str, Any] = summary.get("tau_norm_per_layer") or {}
+    tuned: Mapping[str, Any] = summary.get("tuned_lens") or skipped("no tuned lens was run")
+    found = {
+        "prism_summary": dict(summary.get("prism_summary") or skipped("no prism lens was run")),
+        "tuned_lens": {name: tuned[name] for name in ("status", "reason") if name in tuned},
+        "tau_norm_per_layer": tau.get("values")
+        or skipped(str(tau.get("reason") or "no temperature per row was fitted")),
+    }
+    flags = ("tuned_lens_regression", "tuned_lens_skip_warning")
+    return found | {name: audit[name] for name in flags if name in audit}
+
+
+def _tuned_fields(view: View) -> dict[str, Any]:
+    """Return the baseline's fields under the tuned lens that carry its name."""
+    index = view.baseline["prompt_index"]
+    entry: Mapping[str, Any] = next(
+        (
+            item
+            for item in view.summary["passes"]
+            if item["lens"] == "tuned" and item["prompt_index"] == index
+        ),
+        {},
+    )
+    return {name: value for name, value in entry.items() if name.endswith("_tuned")}
 
 
 def gold_alignment(prompt: PromptInfo) -> dict[str, Any]:
@@ -111,7 +151,17 @@ def last_row(view: View) -> dict[str, Any]:
     index = view.baseline["prompt_index"]
     entries: list[Mapping[str, Any]] = view.summary.get("last_layer_consistency") or []
     found = next((entry for entry in entries if entry["prompt_index"] == index), None)
-    return dict(found) if found else skipped("the last row was not compared with the head")
+    if found is None:
+        return skipped("the last row was not compared with the head")
+    heads: Mapping[str, Any] = ran(view.sections, "head_transforms") or {}
+    rows: list[Mapping[str, Any]] = heads.get("at") or []
+    after = [
+        row["kl_after_transform_bits"]
+        for row in rows
+        if (row["prompt_index"], row["lens"]) == (index, view.baseline["lens"])
+    ]
+    nothing = dict.fromkeys(("scale", "softcap", "scale_then_softcap"))
+    return {**found, "kl_after_transform_bits": after[0] if after else nothing}
 
 
 def _flags(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,34 +185,3 @@ def _health(summary: Mapping[str, Any]) -> dict[str, Any]:
     # NaN and infinity are counted together; where there is neither, both old names are known.
     separate = None if health.get("any_nonfinite") or not health.get("checked") else False
     return {"any_nan": separate, "any_inf": separate, **health}
-
-
-def _normalisation(view: View) -> dict[str, Any]:
-    return {
-        "arch": view.table.meta.architecture,
-        "strategy": view.table.meta.norm_choice,
-        "per_layer": [
-            {
-                "layer": row["layer"],
-                "ln_source": row["norm_module"],
-                "resid_norm_ratio": row["resid_norm_ratio"],
-                "delta_resid_cos": row["delta_resid_cos"],
-                "raw_resid_norm": row["resid_norm"],
-            }
-            for row in view.baseline_rows.values()
-        ],
-    }
-
-
-def _layer_map(view: View) -> list[dict[str, Any]]:
-    last = view.table.meta.n_layers
-    return [
-        {
-            "layer": row["layer"],
-            "block": f"blocks[{max(0, row['layer'] - 1)}]",
-            "stream": "pre_block" if row["layer"] == 0 else "post_block",
-            "is_head_input": row["layer"] == last,
-            "norm": row["norm_module"],
-        }
-        for row in view.baseline_rows.values()
-    ]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import TextIO
 
 import polars as pl
 
 from layerscope.files import atomic_path
+
+_BOTH = "\r\n"
 
 
 class Contract(csv.Dialect):
@@ -31,7 +34,21 @@ def write_csv(path: Path, frame: pl.DataFrame) -> Path:
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as stream,
     ):
-        writer = csv.writer(stream, dialect=Contract)
+        writer = csv.writer(_LineEnds(stream), dialect=Contract, lineterminator=_BOTH)
         writer.writerow(frame.columns)
         writer.writerows(frame.iter_rows())
     return path
+
+
+class _LineEnds:
+    """Ends lines as the contract says, although the writer was told of both line-end characters.
+
+    A writer quotes a cell that holds a character of its line end: without this, a token that is a
+    carriage return would be written bare, and be read as the end of the row.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, row: str) -> int:
+        return self.stream.write(row.removesuffix(_BOTH) + Contract.lineterminator)

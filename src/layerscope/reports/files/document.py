@@ -1,4 +1,4 @@
-"""The JSON of one model: the earlier system's key tree, as far as raw and norm lens give it.
+"""The JSON of one model: the earlier system's key tree, from whatever lenses and checks were run.
 
 Added to it: "schema_version", "status", "model", "files", and under "passes" every milestone of
 every pass with its first, stable and lost rows (null when it was not reached). A stage that this
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerscope.measures.compat import other_lenses
 from layerscope.measures.config import decimal
 from layerscope.measures.copy import flag_columns
+from layerscope.measures.sections import skipped
 from layerscope.measures.table import PromptInfo
-from layerscope.reports.files.diagnostics import diagnostics, gold_alignment, last_row
-from layerscope.reports.files.skipped import skipped
+from layerscope.reports.files.diagnostics import check, diagnostics, gold_alignment, last_row
 from layerscope.reports.files.view import View, soft_copy
 
 SCHEMA_VERSION = 1
@@ -76,7 +77,7 @@ def document(
         "ablation_summary": dict(view.of_baseline("ablation_summary"))
         or skipped("the baseline prompt has no ablated wording"),
         "diagnostics": details,
-        "tuned_lens": skipped("no tuned lens was run"),
+        "tuned_lens": _tuned(view),
         "summary": summary,
         "micro_suite": _micro_suite(view),
         "measurement_guidance": _guidance(view),
@@ -213,7 +214,10 @@ def _evaluation_pack(view: View, files: Mapping[str, str]) -> dict[str, Any]:
         "use_confirmed_semantics": guidance.get("use_confirmed_semantics"),
         "milestones": _pack_milestones(view),
         "artifact": _pack_artifact(view),
-        "repeatability": skipped("a second pass is not part of this experiment"),
+        "repeatability": _picked(
+            check(view, "repeatability"),
+            ("max_rank_dev", "p95_rank_dev", "top1_flip_rate", "flag"),
+        ),
         "alignment": {
             "gold_alignment_rate": alignment.get("rate"),
             "variant": prompt.answer_variant if prompt else None,
@@ -221,13 +225,33 @@ def _evaluation_pack(view: View, files: Mapping[str, str]) -> dict[str, Any]:
         "norm_trajectory": view.summary.get("norm_trajectory"),
         "entropy": _entropy(view.baseline),
         "last_layer_consistency": last_row(view),
-        "tuned_audit": skipped("no tuned lens was run"),
+        "tuned_audit": _picked(
+            check(view, "tuned_audit"),
+            (
+                *("rotation_vs_temperature", "positional", "head_mismatch"),
+                *("tuned_is_calibration_only", "preferred_semantics_lens_hint"),
+            ),
+        ),
         "citations": {"layers": _cited_rows(view), "files": dict(files)},
         "micro_suite": {
             **_micro_suite(view),
             "citations": suite.get("citations", {}),
         },
     }
+
+
+def _picked(section: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return some fields of a check, or why it did not run."""
+    if section.get("status", "ok") != "ok":
+        return dict(section)
+    return {name: section.get(name) for name in names}
+
+
+def _tuned(view: View) -> dict[str, Any]:
+    """Return the tuned lens in the published shape, with how it was made."""
+    found: dict[str, Any] = other_lenses(view.summary)["tuned_lens"]
+    made: Mapping[str, Any] = view.table.meta.lenses.get("tuned") or {}
+    return found | ({"provenance": dict(made)} if made and found["status"] == "loaded" else {})
 
 
 def _pack_milestones(view: View) -> dict[str, Any]:

@@ -27,9 +27,15 @@ def last_rows(table: LayersTable, lens: str) -> pl.DataFrame:
     return rows.sort(*_ROW, maintain_order=True)
 
 
-def pure_next_token(table: LayersTable, config: MeasureConfig) -> pl.DataFrame:
-    """Return one row per pass and layer of the norm lens at the last position (85 columns)."""
-    own = LayersTable(last_rows(table, "norm"), table.meta)
+def of_lens(table: LayersTable, lens: str) -> pl.DataFrame:
+    """Return all rows of one lens; a tuned lens has no row 0 in these files."""
+    rows = table.rows.filter(pl.col("lens") == lens)
+    return rows.filter(pl.col("layer") > 0) if lens == "tuned" else rows
+
+
+def pure_next_token(table: LayersTable, config: MeasureConfig, lens: str = "norm") -> pl.DataFrame:
+    """Return one row per pass and layer of a lens at the last position (85 columns)."""
+    own = LayersTable(last_rows(LayersTable(of_lens(table, lens), table.meta), lens), table.meta)
     rows = with_copy_flags(own, config).rows
     present = set(rows.columns)
     uniform = 1.0 / table.meta.d_vocab
@@ -55,7 +61,10 @@ def pure_next_token(table: LayersTable, config: MeasureConfig) -> pl.DataFrame:
         "p_top5",
         "p_answer",
         above.alias("answer_minus_uniform"),
-        (rank_one & (above >= config.semantic_margin)).alias("semantic_margin_ok"),
+        # Defined for the norm lens alone.
+        pl.when(pl.lit(lens == "norm"))
+        .then(rank_one & (above >= config.semantic_margin))
+        .alias("semantic_margin_ok"),
         "teacher_entropy_bits",
         "kl_to_final_bits",
         "kl_to_final_bits_norm_temp",
@@ -69,7 +78,7 @@ def pure_next_token(table: LayersTable, config: MeasureConfig) -> pl.DataFrame:
             "geom_crossover"
         ),
         "echo_mass_prompt",
-        p_answer.alias("answer_mass"),
+        pl.when(echo.is_not_null()).then(p_answer).alias("answer_mass"),
         (p_answer - echo).alias("answer_minus_echo_mass"),
         (p_answer / (echo + MASS_RATIO_EPSILON)).alias("mass_ratio_ans_over_prompt"),
         pl.col("topk_prompt_mass").alias("topk_prompt_mass@50"),
@@ -81,9 +90,9 @@ def pure_next_token(table: LayersTable, config: MeasureConfig) -> pl.DataFrame:
     )
 
 
-def records(table: LayersTable) -> pl.DataFrame:
-    """Return one row per pass, layer and position of the norm lens: entropy and top tokens."""
-    rows = table.rows.filter(pl.col("lens") == "norm")
+def records(table: LayersTable, lens: str = "norm") -> pl.DataFrame:
+    """Return one row per pass, layer and position of a lens: entropy and top tokens."""
+    rows = of_lens(table, lens)
     rows = rows.sort(*_ROW, "pos", maintain_order=True)
     word = pl.col("token").str.strip_chars().str.strip_chars(_STRIPPED).str.to_lowercase()
     verbose = pl.col("is_last") | pl.any_horizontal(

@@ -11,7 +11,7 @@ import polars as pl
 
 from layerscope.measures.config import MeasureConfig, decimal
 from layerscope.measures.raw_norm import RawNorm, window_radius
-from layerscope.measures.rows import pass_rows
+from layerscope.measures.rows import PassRows, pass_rows
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.files.rows import last_rows
 
@@ -41,6 +41,16 @@ class View:
     def baseline(self) -> Mapping[str, Any]:
         """The pass that single figures are about: the first fact in its original wording."""
         return self.summary["passes"][self.summary["baseline"]]
+
+    @cached_property
+    def baseline_part(self) -> PassRows:
+        """The baseline's last-position rows as columns."""
+        return pass_rows(self.table)[self.baseline["prompt_index"], self.baseline["lens"]]
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The checks that looked at the model again, by name."""
+        return self.summary.get("diagnostics") or {}
 
     @cached_property
     def baseline_prompt(self) -> PromptInfo | None:

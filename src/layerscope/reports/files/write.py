@@ -9,6 +9,7 @@ from typing import Any
 
 from layerscope.files import atomic_path, safe_name, write_json
 from layerscope.measures.table import LayersTable
+from layerscope.reports.files.audit import audit_frames
 from layerscope.reports.files.baseline import artifact_audit, milestones
 from layerscope.reports.files.dialect import write_csv
 from layerscope.reports.files.document import document, failure
@@ -42,6 +43,9 @@ def write_run_files(
         files["records"] = write_csv(out_dir / f"{stem}-records.csv", records(table))
         files["pure_csv"] = write_csv(out_dir / f"{stem}-pure-next-token.csv", pure)
         files["milestones_csv"] = write_csv(out_dir / f"{stem}-milestones.csv", milestones(view))
+    for lens in ("prism", "tuned"):
+        if view.has("norm", lens):
+            files |= _lens_files(view, lens, out_dir / stem)
     if view.has("norm", "raw"):
         both = raw_against_norm(table)
         files["rawlens_full_csv"] = write_csv(out_dir / f"{stem}-pure-next-token-rawlens.csv", both)
@@ -53,9 +57,23 @@ def write_run_files(
         files["artifact_audit_csv"] = write_csv(
             out_dir / f"{stem}-artifact-audit.csv", artifact_audit(view)
         )
+    for name, (end, frame) in audit_frames(view).items():
+        files[name] = write_csv(out_dir / f"{stem}-{end}.csv", frame)
     names = {name: path.name for name, path in files.items()}
     value = document(view, provenance, identity=identity, files=names)
     return [*files.values(), write_json(out_dir / f"{stem}.json", value)]
+
+
+def _lens_files(view: View, lens: str, stem: Path) -> dict[str, Path]:
+    pure = pure_next_token(view.table, view.config, lens)
+    return {
+        f"{lens}_records": write_csv(
+            stem.with_name(f"{stem.name}-records-{lens}.csv"), records(view.table, lens)
+        ),
+        f"{lens}_pure_csv": write_csv(
+            stem.with_name(f"{stem.name}-pure-next-token-{lens}.csv"), pure
+        ),
+    }
 
 
 def write_failure(model: str, error: str, out_dir: Path) -> Path:
