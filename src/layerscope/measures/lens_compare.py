@@ -91,7 +91,8 @@ def attribute(facts: Sequence[Fact], meta: TableMeta, config: MeasureConfig) -> 
     a bias per row where one was run; and what is left of the first over each and over both (over
     the norm lens itself where neither gains). `explained_by` is "nothing" where the tuned lens
     gains nothing at half the depth, "calibration" or "bias" where that alone gives 80% of the gain
-    and less than 0.2 bits are left, else "rotation". A fact prefers the tuned lens where it gains
+    and less than 0.2 bits are left, else "rotation", or "not_separated" where temperature or bias
+    are not known. A fact prefers the tuned lens where it gains
     at half the depth and meets the criterion of `attribution`; `prefer_tuned` needs most facts, and
     more than calibration. Held-out figures of the fit stand beside those of the run: its prompts
     may be unlike the text that the lens was fitted on.
@@ -121,7 +122,7 @@ def attribute(facts: Sequence[Fact], meta: TableMeta, config: MeasureConfig) -> 
         "gains": gains,
         "explained_by": explained,
         "facts_that_prefer_tuned": wanted,
-        "prefer_tuned": 2 * wanted > len(both) and explained in ("bias", "rotation"),
+        "prefer_tuned": 2 * wanted > len(both) and explained not in ("nothing", "calibration"),
         "temperature": temperature or None,
         "held_out": held_out_gains(meta),
     }
@@ -231,7 +232,8 @@ def _explained(gain: Mapping[str, float | None], config: MeasureConfig) -> str |
             and alone >= config.tuned_temperature_share * tuned
         ):
             return name
-    return "rotation"
+    known = gain["temperature"] is not None and gain["bias"] is not None
+    return "rotation" if known else "not_separated"
 
 
 def _tempered(

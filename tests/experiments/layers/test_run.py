@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
 import layerscope
@@ -11,6 +10,7 @@ from layerscope.errors import AlignmentError, ConfigError, PromptError
 from layerscope.experiments.layers import Fact, LayersConfig, PromptSet, execute, plan
 from layerscope.measures.table import LayersTable
 from layerscope.models import LanguageModel
+from support.memory_units import Units
 from support.tiny_models import tiny, tiny_tokenizer
 
 FACTS = tuple(
@@ -24,24 +24,6 @@ CONFIG = LayersConfig(passes_per_batch=2)
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     return layerscope.load(tiny("llama"), tokenizer=tiny_tokenizer())
-
-
-class Units:
-    """A store in memory that is killed after a number of units."""
-
-    def __init__(self, *, dies_after: int | None = None) -> None:
-        self.kept: dict[str, tuple[pl.DataFrame, dict[str, Any]]] = {}
-        self.dies_after = dies_after
-        self.written = 0
-
-    def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any]] | None:
-        return self.kept.get(key)
-
-    def put_unit(self, key: str, frame: pl.DataFrame, payload: dict[str, Any]) -> None:
-        if self.dies_after is not None and self.written == self.dies_after:
-            raise KeyboardInterrupt
-        self.kept[key] = (frame, payload)
-        self.written += 1
 
 
 def table_bytes(table: LayersTable, path: Path) -> bytes:
