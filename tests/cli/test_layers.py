@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+import layerscope
 from layerscope.cli.app import run
 from layerscope.measures.table import LayersTable
 from layerscope.store import Store
 from support.chat_templates import GEMMA, chat_tokenizer
+from support.lens_artifacts import stored
 from support.tiny_models import tiny, tiny_tokenizer
 
 PROMPTS = "key,prompt,answer\na,One and two and,three\nb,Red and,blue\n"
@@ -203,3 +205,57 @@ def test_a_failed_model_is_in_the_database_too(
     assert "missing" in capsys.readouterr().err
     with Store.open(out / "layerscope.db") as store:
         assert sorted(info.status for info in store.runs()) == ["failed", "finished"]
+
+
+def test_fitted_lenses_from_folders(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = stored("tuned", layerscope.load(folder), tmp_path / "my-lens", noise=0.1)
+    words = (folder, "--prompts", prompts, "--out", tmp_path / "out")
+    assert layers(*words, "--lens", f"raw,norm,tuned={tuned}", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["summary"]["lenses"] == ["norm", "raw", "tuned"]
+    assert answer["summary"]["tuned_lens"]["status"] == "ok"
+    assert answer["provenance"]["lenses"]["tuned"]["folder"] == str(tuned)
+    assert layers(*words, "--lens", f"raw,norm,tuned={tuned}") == 0
+    text = capsys.readouterr().out
+    assert "Lens against lens" in text and "tuned" in text
+
+
+@pytest.mark.parametrize(
+    ("lens", "says"),
+    [
+        ("raw,norm,prism", "layerscope fit prism"),
+        ("raw,norm,prism=", "--lens prism= names no folder"),
+        ("raw,norm,tuned=nowhere", "there is no lens in nowhere"),
+        ("raw,norm,tunde", "did you mean 'tuned'"),
+        ("raw=x", "folders belong to"),
+    ],
+)
+def test_a_lens_that_cannot_be_had_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lens: str,
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert layers(folder, "--lens", lens, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert says in error.replace("\n", " ") and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_lens_in_the_same_folder_is_another_run(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, place = layerscope.load(folder), tmp_path / "my-lens"
+    words = (folder, "--prompts", prompts, "--out", tmp_path / "out", "--json")
+    found: list[Any] = []
+    for noise in (0.1, 0.9):
+        stored("tuned", model, place, noise=noise)
+        assert layers(*words, "--lens", f"norm,tuned={place}") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["run_id"] != found[1]["run_id"]
+    assert found[0]["summary"]["lens_comparison"] != found[1]["summary"]["lens_comparison"]

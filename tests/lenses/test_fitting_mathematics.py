@@ -15,7 +15,7 @@ from layerscope.lenses.fitting.loss import kl_to_teacher
 from layerscope.lenses.fitting.options import TunedOptions
 from layerscope.lenses.fitting.prism import Moments, PrismOptions, solve_prism
 from layerscope.lenses.fitting.states import States
-from layerscope.lenses.fitting.temperature import fit_temperatures
+from layerscope.lenses.fitting.temperature import fit_on_prompts, fit_temperatures
 from layerscope.lenses.fitting.translators import at_identity, regressed, scales_of
 from layerscope.readout.unembedding import Unembedding
 
@@ -125,6 +125,31 @@ def test_a_row_that_says_the_opposite_gets_an_infinite_temperature() -> None:
     assert torch.equal(lens.transform(teacher, 0), torch.zeros_like(teacher))
     assert torch.equal(lens.transform(teacher, 1), 2 * teacher)
     assert torch.equal(lens.transform(teacher, 2), teacher)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 3.0}])
+def test_temperatures_from_held_logits_equal_those_from_states(options: dict[str, float]) -> None:
+    unembedding = head(**options)
+    teacher = normal(3, WIDTH)
+    hidden = torch.stack(
+        [teacher * 5 + normal(3, WIDTH, seed=3), teacher * 0.2, teacher * 1e3, -teacher, teacher]
+    )
+    usual = fit_temperatures(hidden, teacher, unembedding)
+    quick = fit_on_prompts(hidden, unembedding.logits(teacher), unembedding)
+    torch.testing.assert_close(
+        quick.inverse_temperature, usual.inverse_temperature, rtol=2e-3, atol=1e-6
+    )
+    assert quick.settled == usual.settled
+
+
+def test_a_layer_that_is_not_finite_keeps_its_temperature_and_says_so() -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(3, WIDTH)
+    hidden = torch.stack([teacher * 2, teacher.clone()])
+    hidden[0, 1, 2] = math.nan
+    found = fit_on_prompts(hidden, unembedding.logits(teacher), unembedding)
+    assert found.inverse_temperature.tolist() == pytest.approx([1.0, 1.0], rel=1e-3)
+    assert found.settled == [False, True]
 
 
 @pytest.mark.parametrize("whitening", ["full", "diagonal"])

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from layerscope.measures.table import LayersTable
 from layerscope.reports.terminal import print_summary, sampled
+from support.compared_lenses import compared_summary as lens_summary
+from support.compared_lenses import compared_table as lens_table
 from support.summaries import many_passes, small_summary, with_tokens
 from support.tables import synthetic_table
 
@@ -99,3 +101,17 @@ def test_deep_models_are_sampled_with_ends_and_milestones() -> None:
     assert {0, 80, 37, 41} <= set(kept)
     assert len(kept) <= 25
     assert sampled(list(range(9)), keep=set()) == list(range(9))
+
+
+def test_fitted_lenses_stand_beside_the_others() -> None:
+    entry = lens_table()
+    text = printed(lens_summary(), entry)
+    assert "Lens against lens" in text
+    rows = text[text.index("Lens against lens") :].splitlines()[2:8]
+    assert [row.split()[0] for row in rows] == ["norm", "norm", "raw", "bias", "tuned", "prism"]
+    assert "Report the tuned lens" in text
+    assert max(cell_len(line) for line in text.splitlines()) <= 80
+
+
+def test_two_lenses_are_not_compared_twice(table: LayersTable) -> None:
+    assert "Lens against lens" not in printed(small_summary(table), table)
