@@ -154,3 +154,22 @@ def test_bad_input_is_one_line(
     assert out.out == ""
     assert re.fullmatch(r"error: [^\n]+\n", out.err)
     assert message in out.err
+
+
+def test_the_earlier_set_of_files(parquet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = parquet.parent / "deep" / "compat"
+    assert run(["measures", str(parquet), "--compat", str(folder)]) == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {"output-synthetic-pure-next-token.csv", "output-synthetic.json"} <= names
+    out = capsys.readouterr().out
+    assert all(str(folder / name) in out for name in names)
+    document = json.loads((folder / "output-synthetic.json").read_text())
+    assert document["status"] == "ok"
+
+
+def test_published_files_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table, _ = published()
+    assert run(["measures", table, "--companions", "--compat", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "gemma-2-9b"
+    name = "output-gemma-2-9b-pure-next-token-prism.csv"
+    assert (tmp_path / name).read_bytes() == shared_path("published", name).read_bytes()

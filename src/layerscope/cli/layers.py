@@ -74,6 +74,14 @@ def layers(
             "input norm of the next block, to compare with earlier published tables.",
         ),
     ] = "final",
+    compat: Annotated[
+        bool,
+        typer.Option(
+            "--compat",
+            help="Read layers as the earlier system did: short for --norm next_norm. Names, "
+            "columns and order of the files are that system's in any case.",
+        ),
+    ] = False,
     prompt_format: Annotated[
         str,
         typer.Option(
@@ -131,7 +139,7 @@ def layers(
     config = LayersConfig(
         lenses=lenses,
         artifacts=artifacts,
-        norm_choice=norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
+        norm_choice="next_norm" if compat else norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         format=prompt_format,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         system=system,
         task=task,

@@ -96,6 +96,14 @@ def measures(
         bool,
         typer.Option("--companions", help="Take every published companion that lies beside TABLE."),
     ] = False,
+    compat: Annotated[
+        Path | None,
+        typer.Option(
+            "--compat",
+            metavar="FOLDER",
+            help="Write the earlier system's set of files, values corrected, to FOLDER.",
+        ),
+    ] = None,
     copy_threshold: Annotated[
         float | None, typer.Option(help="Probability above which an echo is strict. [0.95]")
     ] = None,
@@ -120,10 +128,13 @@ def measures(
     files = {name: path for name, path in given.items() if path is not None}
     source, sections = _read(table, files, all_of_them=with_companions, config=config)
     summary = summarise(source, config, diagnostics=sections).to_dict()
+    written = [] if compat is None else _write(source, summary, compat)
     if as_json:
         emit_json(published_document(summary))
     else:
         _print(summary, source)
+        for path in written:
+            console().print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -182,6 +193,13 @@ def _read(
         config=config,
     )
     return source, sections
+
+
+def _write(source: LayersTable, summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the files; what the table does not hold of its run's provenance is left out."""
+    from layerscope.reports.files import write_run_files
+
+    return write_run_files(source, summary, source.meta.provenance, folder)
 
 
 def _print(summary: dict[str, object], source: LayersTable) -> None:
