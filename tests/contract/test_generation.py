@@ -53,6 +53,11 @@ SCOPES = {
     "from_position": (Scope.from_position(3), lambda prompt, now: range(3, now)),
     # Within the prompt of one row, among the new tokens of the others.
     "from_position later": ("from_position:8", lambda prompt, now: range(8, now)),
+    "generated tokens": (
+        Scope.steps(1, 4),
+        lambda prompt, now: range(prompt + 1, min(now, prompt + 4)),
+    ),
+    "generated tokens from": ("steps:2:", lambda prompt, now: range(prompt + 2, now)),
     "from_position of prompt": (
         Scope.from_position(4, prefill_only=True),
         lambda prompt, now: range(4, prompt),

@@ -29,12 +29,16 @@ class Scope:
         generated: whether generated tokens do.
         last: of the prompt, only so many last tokens; None for all.
         first: only positions from this one on, counted from the start of the row.
+        since: of the generated tokens, only those from this one on, counted from 0.
+        until: of the generated tokens, only those before this one; None for no end.
     """
 
     in_prompt: bool = True
     generated: bool = True
     last: int | None = None
     first: int = 0
+    since: int = 0
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if self.last is not None and self.last < 1:
@@ -43,6 +47,11 @@ class Scope:
             raise EditError(
                 f"a scope cannot begin at position {self.first}: count from the start, or use "
                 f"last_k({-self.first})"
+            )
+        if self.since < 0 or (self.until is not None and self.until <= self.since):
+            raise EditError(
+                f"a scope of generated tokens {self.since} to {self.until} is empty: they count "
+                "from 0, and the end is not among them"
             )
 
     @classmethod
@@ -74,10 +83,19 @@ class Scope:
         return cls(first=position, generated=not prefill_only)
 
     @classmethod
+    def steps(cls, since: int, until: int | None = None) -> Scope:
+        """Return the scope of generated tokens from one on, up to but without another.
+
+        Token 0 is the first generated one; what is added while it is read changes the second.
+        """
+        return cls(in_prompt=False, since=since, until=until)
+
+    @classmethod
     def parse(cls, name: str | Scope) -> Scope:
         """Return the scope of a name: ``all``, ``prompt``, ``after_prompt``, ``prefill_only``...
 
-        ``last_k:3`` and ``from_position:5`` take a number. ``prefill_only`` is ``prompt``.
+        ``last_k:3`` and ``from_position:5`` take a number, ``steps:0:8`` two. ``prefill_only`` is
+        ``prompt``.
 
         Raises:
             EditError: there is no such scope.
@@ -93,8 +111,11 @@ class Scope:
         numbered = re.fullmatch(r"(last_k|from_position):(\d+)", name)
         if numbered:
             return getattr(cls, numbered[1])(int(numbered[2]))
+        between = re.fullmatch(r"steps:(\d+):(\d*)", name)
+        if between:
+            return cls.steps(int(between[1]), int(between[2]) if between[2] else None)
         if name not in plain:
-            known = [*plain, "last_k:K", "from_position:P"]
+            known = [*plain, "last_k:K", "from_position:P", "steps:A:B"]
             raise EditError(f"unknown scope '{name}'{nearest(name, known)}; use {', '.join(known)}")
         return plain[name]
 
@@ -103,7 +124,9 @@ class Scope:
         parts = ["prompt"] if self.in_prompt else []
         if self.last is not None and self.in_prompt:
             parts = [f"last {self.last} of prompt"]
-        parts += ["generated"] if self.generated else []
+        if self.generated:
+            end = "" if self.until is None else f" before {self.until}"
+            parts.append("generated" + (f" from {self.since}" if self.since else "") + end)
         start = f" from position {self.first}" if self.first else ""
         return " and ".join(parts) + start
 
@@ -113,7 +136,10 @@ class Scope:
         """Return True at the positions (of the unpadded rows) that belong to the scope."""
         lengths = prompt_lengths[:, None]
         prompt = positions < lengths
-        chosen = (prompt & self.in_prompt) | (~prompt & self.generated)
+        generated = ~prompt & self.generated & (positions >= lengths + self.since)
+        if self.until is not None:
+            generated &= positions < lengths + self.until
+        chosen = (prompt & self.in_prompt) | generated
         if self.last is not None:
             chosen &= positions >= lengths - self.last
         return chosen & (positions >= self.first)
