@@ -30,8 +30,8 @@ def unembed_bias(material: Material) -> Section:
     constant = _constant(material, facts.bias)
     measured = {
         "present": head.bias is not None and bool(head.bias.any()),
-        "l2_norm": 0.0 if head.bias is None else float(head.bias.double().norm()),
-        "max_abs": 0.0 if head.bias is None else float(head.bias.double().abs().max()),
+        "l2_norm": 0.0 if head.bias is None else float(head.bias.detach().double().norm()),
+        "max_abs": 0.0 if head.bias is None else float(head.bias.detach().double().abs().max()),
         "norm_bias_l2": 0.0 if facts.bias is None else float(facts.bias.norm()),
     }
     if constant is None:

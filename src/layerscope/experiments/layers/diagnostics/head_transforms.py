@@ -32,7 +32,7 @@ def head_transforms(material: Material) -> Section:
     entries: list[dict[str, Any]] = []
     gates: dict[str, bool | None] = {}
     for name, lens in material.lenses.items():
-        hidden = material.through(lens, captured.last.residual)[:, -1]
+        hidden = lens.transform(captured.last.residual[:, -1], material.model.n_layers)
         found = [
             _compare(material, hidden[n], captured.logits[n], bound)
             for n in range(len(material.passes))

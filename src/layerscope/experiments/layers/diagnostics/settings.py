@@ -35,7 +35,7 @@ class Settings:
     repeats: int = 8
     text_tokens: int = 2048
     text_length: int = 512
-    sample_tokens: int = 1024
+    sample_tokens: int = 960
     sample_length: int = 128
     audit_places: int = 128
     decided_gap: float = 0.5

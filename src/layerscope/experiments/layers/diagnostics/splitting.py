@@ -13,7 +13,7 @@ from layerscope.lenses.fitted import BiasLens, TemperatureLens, TunedLens
 from layerscope.lenses.norm import NormLens
 from layerscope.models import LanguageModel
 
-FITTED_TEMPERATURE = "a temperature lens fitted beside it"
+FITTED_TEMPERATURE = "temp_fitted"
 
 
 class MatrixOnly:
@@ -50,7 +50,8 @@ def variants_of(
     and bias without temperature, `matrix_only` its matrix alone, `own_bias_only` its bias alone.
     `temp_only` is the norm lens under the tuned lens's own temperatures, or, where it has none,
     under those that were fitted beside it; without either it equals the baseline. `bias_only` is a
-    lens of biases that was fitted beside it, else the tuned lens's own bias.
+    lens of biases that was fitted beside it, else the tuned lens's own bias. `temp_fitted` is the
+    temperature lens that was fitted beside it, where there is one.
     """
     tuned = lenses.get("tuned")
     if not isinstance(tuned, TunedLens):
@@ -70,13 +71,14 @@ def variants_of(
     found["bias_only"], found["temp_only"] = own_bias, baseline
     if isinstance(fitted := lenses.get("bias"), BiasLens):
         found["bias_only"], sources["bias_only"] = fitted, "a bias lens fitted beside it"
+    if isinstance(fitted := lenses.get("temperature"), TemperatureLens):
+        found[FITTED_TEMPERATURE] = fitted
+        found["temp_only"] = fitted
+        sources["temp_only"] = "a temperature lens fitted beside it"
     if "inverse_temperature" in tensors:
         own = {"inverse_temperature": tensors["inverse_temperature"]}
         found["temp_only"] = TemperatureLens(model, own, norm=choice)
         sources["temp_only"] = "the tuned lens's own temperatures"
-    elif isinstance(fitted := lenses.get("temperature"), TemperatureLens):
-        found["temp_only"] = fitted
-        sources["temp_only"] = FITTED_TEMPERATURE
     return found, sources
 
 

@@ -25,7 +25,7 @@ class BestTemperature:
         temperature: s; 1 where no other is better.
         kl_bits: KL at s = 1, bits.
         kl_after_bits: KL at the best s, bits.
-        settled: False where KL still falls at s = 1e9 or 1e-9, so that there is no best s.
+        settled: False where KL is as low at s = 1e9 or 1e-9, so that there is no best s.
     """
 
     temperature: float
@@ -62,7 +62,8 @@ def best_temperature(
             step += 1
     # Nearest to 1 first, so that a tie changes nothing.
     best = min(sorted(known, key=abs), key=known.__getitem__)
-    edge = best in (min(known), max(known))
+    # Where nothing is lost by going on to the end, there is no best temperature.
+    edge = best != 0.0 and kl(math.copysign(_FARTHEST, best)) <= known[best] + _NOTHING
     if not edge:
         best, known[best] = _refine(kl, best - _STEP, best + _STEP, best, known[best])
     if known[0.0] - known[best] < _NOTHING:

@@ -143,11 +143,12 @@ def _on_text(material: Material) -> dict[str, Any]:
         return skipped("there is no text to read")
     rows = _variant_frame(scores.audit)
     section = measure.tuned_audit(rows, config=material.config.measures)
-    fitted_apart = material.variant_sources["temp_only"] == FITTED_TEMPERATURE
-    beyond = (rows["kl_bits_temp_only"] - rows["kl_bits_tuned"])[:-1].median()
+    means = {name: values.mean(1)[:-1] for name, values in scores.audit.kl_bits.items()}
+    apart = means.get(FITTED_TEMPERATURE)
+    beyond = None if apart is None else float(np.median(apart - means["tuned"]))
     return {
         **section,
-        "beyond_temperature_p50": beyond if fitted_apart else None,
+        "beyond_temperature_p50": beyond,
         "notes": list(scores.text.notes),
         "source": scores.text.source,
         "places": int(scores.audit.position.size),
