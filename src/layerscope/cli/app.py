@@ -17,7 +17,20 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 # Order of the commands in --help.
-COMMANDS = ("demo", "layers", "battery", "check", "generate", "fit", "features", "measures", "runs")
+COMMANDS = (
+    "demo",
+    "layers",
+    "battery",
+    "patch",
+    "steer",
+    "fv",
+    "check",
+    "generate",
+    "fit",
+    "features",
+    "measures",
+    "runs",
+)
 
 HELP = """Look inside language models, and know whether to believe what you see.
 

@@ -19,6 +19,7 @@ from layerscope.interventions.patching.metrics import (
     metric_of,
     recovery,
 )
+from layerscope.interventions.patching.naive import naive_cells
 from layerscope.interventions.patching.pairs import (
     Direction,
     Place,
@@ -29,11 +30,13 @@ from layerscope.interventions.patching.pairs import (
     tokenize_pairs,
 )
 from layerscope.interventions.patching.planner import (
+    NO_COST,
     Cost,
     Speed,
     calibrate,
     check_budget,
     cost_of,
+    cost_of_cells,
 )
 from layerscope.interventions.patching.recording import Recording, record
 from layerscope.interventions.patching.sweeps import (
@@ -53,6 +56,7 @@ __all__ = [
     "DEFAULT_BUDGET",
     "KINDS",
     "METRICS",
+    "NO_COST",
     "Cell",
     "Cost",
     "Direction",
@@ -73,8 +77,10 @@ __all__ = [
     "calibrate",
     "check_budget",
     "cost_of",
+    "cost_of_cells",
     "custom_metric",
     "metric_of",
+    "naive_cells",
     "nodes_of",
     "record",
     "record_pair",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from layerscope.interventions.patching.cells import Cell, Patch, step_of
 from layerscope.interventions.patching.pairs import TokenPair, batch_of
 from layerscope.interventions.patching.sweeps import Node
 from layerscope.interventions.patching.tiles import (
+    DEFAULT_BUDGET,
     bytes_per_token,
     shape_of,
     tiles_of,
@@ -34,6 +35,7 @@ class Cost:
         block_tokens: tokens times blocks that are computed.
         naive_block_tokens: the same with one full forward pass per cell.
         recorded_tokens: tokens of the plain passes that cells start from.
+        read_tokens: what unembedding costs, in tokens of one block.
         bytes: of the largest batch of cells and of what the plain passes leave.
     """
 
@@ -44,6 +46,7 @@ class Cost:
     block_tokens: int
     naive_block_tokens: int
     recorded_tokens: int
+    read_tokens: int
     bytes: int
 
     def __add__(self, other: Cost) -> Cost:
@@ -56,12 +59,17 @@ class Cost:
             self.block_tokens + other.block_tokens,
             self.naive_block_tokens + other.naive_block_tokens,
             self.recorded_tokens + other.recorded_tokens,
+            self.read_tokens + other.read_tokens,
             max(self.bytes, other.bytes),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the cost as JSON values."""
         return asdict(self)
+
+
+NO_COST = Cost(0, 0, 0, 0, 0, 0, 0, 0, 0)
+"""The cost of nothing, to add to."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,23 @@ class Speed:
     def seconds(self, cost: Cost, n_layers: int) -> float:
         """Return the predicted seconds of a cost."""
         blocks = cost.blocks + n_layers
-        tokens = cost.block_tokens + cost.recorded_tokens * n_layers
+        tokens = cost.block_tokens + cost.recorded_tokens * n_layers + cost.read_tokens
         return blocks * self.per_block + tokens * self.per_token
 
 
-def cost_of(model: LanguageModel, pair: TokenPair, nodes: Sequence[Node], *, budget: int) -> Cost:
-    """Return what a sweep over a pair computes; runs nothing."""
+def cost_of(
+    model: LanguageModel,
+    pair: TokenPair,
+    nodes: Sequence[Node],
+    *,
+    budget: int = DEFAULT_BUDGET,
+    whole: bool = False,
+) -> Cost:
+    """Return what a sweep over a pair computes; runs nothing.
+
+    Args:
+        whole: a metric needs the logits of the whole vocabulary.
+    """
     n_columns = len(pair.corrupt)
     cells: list[Cell] = []
     idle = 0
@@ -96,24 +115,27 @@ def cost_of(model: LanguageModel, pair: TokenPair, nodes: Sequence[Node], *, bud
         columns = tuple(range(n_columns)) if place is None else (place.corrupt,)
         # Only where a cell acts decides what it costs; its values are not looked at.
         cells.append(Cell((Patch(node.site, columns, torch.zeros(len(columns)), node.unit),)))
-    return _cost(model, cells, n_columns, budget, idle, len(pair.clean) + len(pair.corrupt))
+    recorded = len(pair.clean) + len(pair.corrupt)
+    cost = cost_of_cells(model, cells, n_columns, recorded=recorded, budget=budget, whole=whole)
+    naive = idle * model.n_layers * n_columns
+    return replace(
+        cost,
+        cells=cost.cells + idle,
+        idle=cost.idle + idle,
+        naive_block_tokens=cost.naive_block_tokens + naive,
+    )
 
 
 def cost_of_cells(
-    model: LanguageModel, cells: Sequence[Cell], n_columns: int, *, budget: int, recorded: int
-) -> Cost:
-    """Return what cells on a recording of some length compute; runs nothing."""
-    return _cost(model, cells, n_columns, budget, 0, recorded)
-
-
-def _cost(
     model: LanguageModel,
     cells: Sequence[Cell],
     n_columns: int,
-    budget: int,
-    idle: int,
+    *,
     recorded: int,
+    budget: int = DEFAULT_BUDGET,
+    whole: bool = False,
 ) -> Cost:
+    """Return what cells on a recording of some length compute; their values are not looked at."""
     shape = shape_of(model, n_columns, budget)
     columns = Capability.CACHE in model.backend.capabilities
     found = [
@@ -126,18 +148,18 @@ def _cost(
         for tile in tiles_of(steps, shape)
         for one in tokens_by_layer(tile.steps, tile.column, shape)
     ]
-    info = model.backend.info
     width = model.dtype.itemsize
-    kept = recorded * model.n_layers * width * (info.d_model * 3)
+    kept = recorded * model.n_layers * width * (model.d_model * 3)
     largest = max((tokens for _, tokens in passes), default=0)
     return Cost(
-        cells=len(cells) + idle,
-        idle=idle + len(cells) - len(steps),
+        cells=len(cells),
+        idle=len(cells) - len(steps),
         passes=len(passes),
         blocks=sum(blocks for blocks, _ in passes),
         block_tokens=sum(blocks * tokens for blocks, tokens in passes),
-        naive_block_tokens=(len(cells) + idle) * model.n_layers * n_columns,
+        naive_block_tokens=len(cells) * model.n_layers * n_columns,
         recorded_tokens=recorded,
+        read_tokens=len(steps) * model.d_vocab // (12 * model.d_model) if whole else 0,
         bytes=largest * bytes_per_token(model, n_columns) + kept,
     )
 
