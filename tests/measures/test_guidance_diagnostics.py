@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from layerscope.measures import guidance_diagnostics
 from layerscope.measures.guidance import RANK
-from layerscope.measures.guidance_diagnostics import GATES, gates_of, preferred_lens
+from layerscope.measures.guidance_diagnostics import (
+    GATES,
+    OTHER_LENS_NOT_FINITE,
+    gates_of,
+    preferred_lens,
+)
 from layerscope.measures.summary import summarise
 from measures.test_guidance import codes, sound_table
 
@@ -166,3 +175,13 @@ def test_the_onset_to_quote() -> None:
         "preferred": {"name": "L_semantic_strong_run2", "layer": 8},
     }
     assert len(rest) == 4
+
+
+def test_every_code_is_defined() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "definitions.md"
+    text = page.read_text("utf-8").split("| Code from a check |")[1].split("\n\n")[0]
+    written = set(re.findall(r"`(\w+)`", text))
+    known = {gate.code for gate in GATES.values()} | {OTHER_LENS_NOT_FINITE.code}
+    known |= set(re.findall(r'Reason\(\s*"(\w+)"', inspect.getsource(guidance_diagnostics)))
+    sections = {name for name, _ in GATES}
+    assert written - sections == known
