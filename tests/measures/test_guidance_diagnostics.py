@@ -127,6 +127,8 @@ def test_an_audit_without_gates_speaks_by_its_flags() -> None:
     }
     [reason] = guidance({"skip_layers_sanity": skips})["reasons"]
     assert reason["code"] == "tuned_lens_no_stand_in" and "31%" in reason["message"]
+    # Without a fitted lens the figures are the norm lens's.
+    assert guidance({"skip_layers_sanity": skips | {"lens": "norm"}})["reasons"] == []
 
 
 TUNED = {"lens": "tuned", "hint": "tuned", "reason": "nearer"}

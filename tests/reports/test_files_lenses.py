@@ -42,7 +42,8 @@ SECTIONS: dict[str, Any] = {
     "repeatability": {
         "status": "ok",
         "gates": {"repeatable.precision": True},
-        **{"max_rank_dev": 2.0, "p95_rank_dev": 1.0, "top1_flip_rate": 0.01, "flag": "ok"},
+        **{"max_rank_dev": 2.0, "p95_rank_dev": 1.0, "top1_flip_rate": 0.01},
+        "flag": "repeatability_variance_high",  # over all rows; the gate is about clear ones
     },
     "decoding_point": skipped("no milestone"),
     "skip_layers_sanity": {
@@ -142,6 +143,18 @@ def test_checks_stand_where_they_were(written: Path) -> None:
         assert (written / name).is_file()
     assert pack["citations"]["files"]["tuned_pure_csv"] == f"{STEM}-pure-next-token-tuned.csv"
     assert set(found["files"]) >= {"tuned_variants_csv", "positions_audit_csv", "prism_pure_csv"}
+
+
+def test_flags_are_those_of_the_gates_and_lenses_they_are_about(
+    table: LayersTable, tmp_path: Path
+) -> None:
+    repeats = SECTIONS["repeatability"] | {"gates": {"repeatable.precision": False}}
+    skips = SECTIONS["skip_layers_sanity"] | {"lens": "norm"}
+    sections = {"repeatability": repeats, "skip_layers_sanity": skips}
+    write_run_files(table, summarise(table, diagnostics=sections).to_dict(), {}, tmp_path)
+    found = document(tmp_path)
+    assert found["evaluation_pack"]["repeatability"]["flag"] == "repeatability_variance_high"
+    assert "tuned_lens_regression" not in found["diagnostics"]
 
 
 def test_citations_point_to_the_rows_they_name(written: Path) -> None:

@@ -224,7 +224,7 @@ def audit_flags(evidence: Evidence) -> Iterator[Reason]:
         gains: Mapping[str, Any] = audit.get("rotation_vs_temperature") or {}
         yield Reason(meaning.code, meaning.severity, meaning.message, dict(gains), meaning.action)
     skipping = ran(evidence.diagnostics, "skip_layers_sanity")
-    if skipping is not None and skipping.get("tuned_lens_regression") is True:
+    if skipping is not None and about_tuned(skipping) and skipping.get("tuned_lens_regression"):
         cost = cast("float", skipping["tuned_lens_skip_warning"])
         yield Reason(
             "tuned_lens_no_stand_in",
@@ -233,6 +233,11 @@ def audit_flags(evidence: Evidence) -> Iterator[Reason]:
             _numbers(skipping),
             "Read the tuned lens as a decoder of layers, not as a shorter model.",
         )
+
+
+def about_tuned(skipping: Mapping[str, Any]) -> bool:
+    """Say whether the figures of skipped layers are the tuned lens's; a run may have only norm."""
+    return skipping.get("lens", "tuned") == "tuned"
 
 
 def fits(evidence: Evidence) -> Iterator[Reason]:
@@ -346,7 +351,9 @@ def _numbers(section: Mapping[str, Any]) -> dict[str, Any]:
     plain = {
         name: value
         for name, value in section.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name not in ("prompt_index", "passes_left_out", "d_vocab")
     }
     thresholds = section.get("thresholds")
     return plain | ({"thresholds": thresholds} if thresholds else {})

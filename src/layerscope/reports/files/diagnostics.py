@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerscope.measures.guidance_diagnostics import about_tuned
 from layerscope.measures.normalisation import layer_map, normalisation_provenance
 from layerscope.measures.sections import ran, skipped, why_not
 from layerscope.measures.table import PromptInfo
@@ -107,7 +108,7 @@ def check(view: View, name: str) -> dict[str, Any]:
 def _other_lenses(view: View) -> dict[str, Any]:
     """Return what is known of the prism, tuned and temperature lenses."""
     summary = view.summary
-    audit = ran(view.sections, "skip_layers_sanity") or {}
+    skips = ran(view.sections, "skip_layers_sanity") or {}
     tau: Mapping[str, Any] = summary.get("tau_norm_per_layer") or {}
     tuned: Mapping[str, Any] = summary.get("tuned_lens") or skipped("no tuned lens was run")
     found = {
@@ -116,8 +117,10 @@ def _other_lenses(view: View) -> dict[str, Any]:
         "tau_norm_per_layer": tau.get("values")
         or skipped(str(tau.get("reason") or "no temperature per row was fitted")),
     }
-    flags = ("tuned_lens_regression", "tuned_lens_skip_warning")
-    return found | {name: audit[name] for name in flags if name in audit}
+    if about_tuned(skips):
+        flags = ("tuned_lens_regression", "tuned_lens_skip_warning")
+        found |= {name: skips[name] for name in flags if name in skips}
+    return found
 
 
 def _tuned_fields(view: View) -> dict[str, Any]:

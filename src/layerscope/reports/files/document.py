@@ -14,6 +14,7 @@ from typing import Any
 from layerscope.measures.compat import other_lenses
 from layerscope.measures.config import decimal
 from layerscope.measures.copy import flag_columns
+from layerscope.measures.guidance_diagnostics import gates_of
 from layerscope.measures.sections import skipped
 from layerscope.measures.table import PromptInfo
 from layerscope.reports.files.diagnostics import check, diagnostics, gold_alignment, last_row
@@ -214,10 +215,7 @@ def _evaluation_pack(view: View, files: Mapping[str, str]) -> dict[str, Any]:
         "use_confirmed_semantics": guidance.get("use_confirmed_semantics"),
         "milestones": _pack_milestones(view),
         "artifact": _pack_artifact(view),
-        "repeatability": _picked(
-            check(view, "repeatability"),
-            ("max_rank_dev", "p95_rank_dev", "top1_flip_rate", "flag"),
-        ),
+        "repeatability": _repeatability(view),
         "alignment": {
             "gold_alignment_rate": alignment.get("rate"),
             "variant": prompt.answer_variant if prompt else None,
@@ -245,6 +243,20 @@ def _picked(section: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     if section.get("status", "ok") != "ok":
         return dict(section)
     return {name: section.get(name) for name in names}
+
+
+def _repeatability(view: View) -> dict[str, Any]:
+    """Return how far first tokens moved; the flag is up when a gate of the check fails.
+
+    The check's gates look at clear first tokens only, its figures at all rows.
+    """
+    section = check(view, "repeatability")
+    found = _picked(section, ("max_rank_dev", "p95_rank_dev", "top1_flip_rate", "flag"))
+    gates = gates_of(section)
+    if gates:
+        failed = any(holds is False for holds in gates.values())
+        found["flag"] = "repeatability_variance_high" if failed else "ok"
+    return found
 
 
 def _tuned(view: View) -> dict[str, Any]:
