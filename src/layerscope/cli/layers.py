@@ -97,6 +97,14 @@ def layers(
         str,
         typer.Option("--task", help="Task template for the prompts: completion or qa, or an id."),
     ] = "completion",
+    diagnostics: Annotated[
+        str,
+        typer.Option(
+            "--diagnostics",
+            help="Checks that need the model again (precision, batches, norms, positions, skipped "
+            "blocks, what a tuned lens does): none, standard or full.",
+        ),
+    ] = "none",
     instruct: Annotated[
         bool | None,
         typer.Option(
@@ -143,6 +151,7 @@ def layers(
         format=prompt_format,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         system=system,
         task=task,
+        diagnostics=diagnostics,  # pyright: ignore[reportArgumentType]  # checked by the config
         run_products=products,
     )
     chosen = PromptSet.builtin() if prompts is None else PromptSet.from_file(prompts)

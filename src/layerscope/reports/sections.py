@@ -10,6 +10,7 @@ from typing import Any
 
 from layerscope.measures.config import decimal
 from layerscope.measures.table import LayersTable, PromptInfo
+from layerscope.reports.checks import Check, checks, checks_line
 from layerscope.reports.data import kind
 from layerscope.reports.glossary import TABULATED, label, lasts, meaning
 from layerscope.reports.lenses import LensTable, lens_table
@@ -58,6 +59,8 @@ class ModelSections:
     omitted: tuple[str, ...]
     raw_summary: tuple[str, ...]
     lenses: LensTable
+    checks: tuple[Check, ...]
+    checks_line: str | None
     columns: tuple[tuple[str, str], ...]
     facts: tuple[FactRow, ...]
     facts_notes: tuple[str, ...]
@@ -88,6 +91,8 @@ def model_sections(
         omitted=tuple(omitted),
         raw_summary=_raw_summary(summary, prompt),
         lenses=lens_table(summary),
+        checks=tuple(checks(summary)),
+        checks_line=checks_line(summary),
         columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
         facts=facts,
         facts_notes=_facts_notes(summary),

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerscope.measures.table import LayersTable, PromptInfo
+from layerscope.reports.checks import checks_line
 from layerscope.reports.curves import marks
 from layerscope.reports.glossary import label, lasts
 from layerscope.reports.lenses import lens_table
@@ -254,6 +255,9 @@ def _print_reasons(summary: Mapping[str, Any], console: Console) -> None:
     if not found and not told:
         return
     _heading(console, "How far to believe it")
+    made = checks_line(summary)
+    if made is not None:
+        console.print(Text(made))
     if told:
         console.print(Text(" ".join(told)))
     for reason in found:

@@ -141,7 +141,12 @@ def reasons(summary: Mapping[str, Any]) -> list[Reason]:
 def _evidence(evidence: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(evidence, Mapping):
         return ()
-    return tuple((str(name), _written(value)) for name, value in evidence.items())
+    # A check's warnings and thresholds stand where the checks are listed.
+    return tuple(
+        (str(name), _written(value))
+        for name, value in evidence.items()
+        if name not in ("warnings", "thresholds")
+    )
 
 
 def _written(value: Any) -> str:
