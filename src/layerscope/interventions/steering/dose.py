@@ -71,7 +71,7 @@ def _cut(contrast: Contrast) -> tuple[str, str, str] | None:
     same = 0
     while same < min(len(ones), len(others)) and ones[same] == others[same]:
         same += 1
-    space = ones.rfind(" ", 0, same + 1) if same < len(ones) else -1
+    space = ones.rfind(" ", 0, same) if same < len(ones) else -1
     if space <= 0 or not ones[space:].strip() or not others[space:].strip():
         return None
     return ones[:space], ones[space:], others[space:]
