@@ -27,7 +27,7 @@ from layerscope.models.sites import Site
 
 WORST_FVU = 0.5  # beyond it an alarm is raised even where no cause is found
 L0_FACTOR = 2.0  # how far L0 may be from the expected one
-ROWS = 4096  # activations that the causes are tried on
+ROWS = 2048  # activations that the causes are tried on
 _NEIGHBOURS = 2
 _SCALES = tuple(2.0 ** (step / 2) for step in range(-16, 17) if step)
 _STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_in", "mlp_in")
@@ -239,7 +239,8 @@ def _scaled(dictionary: SparseDictionary, base: Figures, x: Tensor, y: Tensor) -
     if dictionary.skip is not None or dictionary.token_norm is not None:
         return
     best: tuple[Figures, float] | None = None
-    few_x, few_y = x[:1024], y[:1024]
+    step = max(1, len(x) // 256)
+    few_x, few_y = x[::step], y[::step]
     few = measure(dictionary, few_x, few_y)
     for scale in _SCALES:
         other = measure(rescaled(dictionary, scale), few_x, few_y)

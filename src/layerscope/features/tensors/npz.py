@@ -66,7 +66,8 @@ def decompress(path: Path, entry: Entry) -> Tensor:
             array = npy.read_array(stream, allow_pickle=False, max_header_size=LARGEST_HEADER)
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         raise DictionaryError(f"{path}: '{entry.name}' cannot be read ({error})") from None
-    return torch.from_numpy(np.ascontiguousarray(array))
+    # Which makes one axis of none.
+    return torch.from_numpy(np.ascontiguousarray(array)).view(entry.shape)
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Entry:

@@ -143,6 +143,7 @@ def _finished(place: Path, site: Site, key: str) -> Trained:
     from layerscope.features.formats.base import read_json
 
     figures = read_json(place / CONFIG)["metadata"].get("layerscope") or {}
+    figures.pop("folded", None)
     if figures.get("key") != key:
         raise DictionaryError(
             f"{place} holds a dictionary of another run (settings, text or model differ); choose "

@@ -1,0 +1,202 @@
+"""Gradients of many quantities pulled back through one block at a time.
+
+All cotangents share one forward pass of the block: n of them cost n backward passes over
+activations and nothing else. What is live in that pass is the variant's choice:
+
+- ``total``: everything. What happens to the target if the source is nudged.
+- ``frozen``: attention patterns and the scales of norms are held at their values.
+- ``linear``: frozen, and the MLPs' outputs are constants; the target is then affine in its sources.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from layerscope.errors import CapabilityError, ConfigError, nearest
+from layerscope.features.pathways.state import PromptState
+from layerscope.interventions.stream import FrozenNorm, freeze_norm
+from layerscope.models import Apply, Capture, Edit, EditContext, Replace, Site, Start, TokenBatch
+
+Variant = Literal["total", "frozen", "linear"]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+
+
+class Pullback:
+    """Pulls cotangents of a prompt's residuals back from row to row.
+
+    Args:
+        state: the prompt.
+        variant: what is live.
+        n_positions: only so many first positions take part: nothing later can drive a target.
+        chunk: cotangents of one backward pass.
+
+    Raises:
+        ConfigError: the variant is unknown.
+    """
+
+    def __init__(
+        self, state: PromptState, *, variant: Variant = "total", n_positions: int, chunk: int = 64
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ConfigError(
+                f"unknown variant '{variant}'{nearest(variant, VARIANTS)}; use {', '.join(VARIANTS)}"
+            )
+        self.state, self.variant, self.chunk = state, variant, chunk
+        ids = state.batch.ids[:, :n_positions]
+        self.batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (n_positions,))
+        self.n_positions = n_positions
+        self.model = state.model
+
+    def through(
+        self, block: int, cotangents: Float[Tensor, "target pos d_model"]
+    ) -> Float[Tensor, "target pos d_model"]:
+        """Return cotangents of row `block`, given those of row ``block + 1``.
+
+        Raises:
+            CapabilityError: the target does not depend on the source: something cuts the graph.
+        """
+        with torch.enable_grad():
+            below = self.state.residuals[block : block + 1, : self.n_positions]
+            below = below.detach().clone().requires_grad_(True)
+            above = self._block(block, below)
+            if not above.requires_grad:
+                raise CapabilityError(
+                    f"block {block} passes no gradient: the target does not depend on the source "
+                    "here; something in the model runs under no_grad or detaches"
+                )
+            pulled = [
+                _gradients(above, below, part[:, None].to(above.dtype))[:, 0]
+                for part in cotangents.split(self.chunk)
+            ]
+        return torch.cat(pulled).to(cotangents.dtype)
+
+    def mlp_outputs(self, block: int) -> Float[Tensor, "pos d_model"]:
+        """Return what a block's MLP writes, the constants of the linear variant."""
+        site = f"mlp_out.{block}"
+        start = Start(block, self.state.residuals[block : block + 1, : self.n_positions])
+        found = self.model.run(
+            self.batch, start=start, stop_after=block, capture=site, logits=None
+        )
+        return found[site][0]
+
+    def _block(self, block: int, below: Tensor) -> Tensor:
+        site = f"resid_post.{block}"
+        result = self.model.run(
+            self.batch,
+            start=Start(block, below),
+            stop_after=block,
+            capture=site,
+            edits=[] if self.variant == "total" else self._frozen(block, below),
+            logits=None,
+            gradients=True,
+        )
+        return result[site]
+
+    def _frozen(self, block: int, below: Tensor) -> list[Edit]:
+        """Return edits that hold patterns and norms of one block at their values."""
+        pattern = Site("attn.pattern", block)
+        edits: list[Edit] = []
+        why = self.model.backend.why_not(pattern) or self.model.backend.why_not_edit(pattern)
+        if why is not None:
+            raise CapabilityError(f"variant '{self.variant}' freezes attention patterns: {why}")
+        parallel = self.model.backend.why_not(Site("resid_mid", block)) is not None
+        mlp_reads = "resid_pre" if parallel else "resid_mid"
+        values = self._values(block, [mlp_reads, "attn_in", "mlp_in", "attn.out", "attn_out"])
+        first = self._norm(block, "resid_pre", "attn_in", values["resid_pre"], values["attn_in"])
+        edits.append(Apply(f"attn_in.{block}", lambda _v, _c: _apply(first, below)))
+        edits.append(Apply(pattern, lambda v, _c: v.detach()))
+        factor = _ratio(values.get("attn.out"), values["attn_out"])
+        if factor is not None:
+            seen: dict[str, Tensor] = {}
+            edits.append(Apply(f"attn.{block}.out", _remember(seen)))
+            edits.append(Apply(f"attn_out.{block}", lambda _v, _c: seen["value"] * factor))
+        if self.variant == "linear":
+            edits.append(Apply(f"mlp_out.{block}", lambda v, _c: v.detach()))
+            return edits
+        second = self._norm(block, mlp_reads, "mlp_in", values[mlp_reads], values["mlp_in"])
+        if parallel:
+            edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, below)))
+        else:
+            middle: dict[str, Tensor] = {}
+            edits.append(Apply(f"resid_mid.{block}", _remember(middle)))
+            edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, middle["value"])))
+        return edits
+
+    def _values(self, block: int, kinds: list[str]) -> dict[str, Tensor]:
+        """Return sites of one block at their clean values; those that do not exist are left out."""
+        names = {
+            kind: (f"attn.{block}.out" if kind == "attn.out" else f"{kind}.{block}")
+            for kind in dict.fromkeys(["resid_pre", *kinds])
+        }
+        sites = {
+            kind: Site.parse(name)
+            for kind, name in names.items()
+            if self.model.backend.why_not(Site.parse(name)) is None
+        }
+        start = Start(block, self.state.residuals[block : block + 1, : self.n_positions])
+        found = self.model.run(
+            self.batch,
+            start=start,
+            stop_after=block,
+            capture=Capture(list(sites.values())),
+            logits=None,
+        )
+        return {kind: found[site].detach() for kind, site in sites.items()}
+
+    def _norm(
+        self, block: int, reads: str, gives: str, before: Tensor, behind: Tensor
+    ) -> FrozenNorm:
+        """Hold the norm between two sites at the scales it has on this prompt."""
+
+        def norm(rows: Tensor) -> Tensor:
+            ids = self.batch.ids[:, :1].expand(1, rows.shape[0]).clone()
+            batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (rows.shape[0],))
+            edits = [] if reads == "resid_pre" else [Replace(f"{reads}.{block}", rows[None])]
+            found = self.model.run(
+                batch,
+                start=Start(block, rows[None]),
+                stop_after=block,
+                capture=f"{gives}.{block}",
+                edits=edits,
+                logits=None,
+            )
+            return found[f"{gives}.{block}"][0]
+
+        return freeze_norm(
+            norm, before[0], behind[0], self.model.dtype, f"the norm before {gives}.{block}"
+        )
+
+
+def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
+    """Return the frozen norm of values, with a gradient."""
+    centred = values - values.mean(-1, keepdim=True) if norm.centred else values
+    gain = norm.gain.to(values.device, values.dtype)
+    bias = norm.bias.to(values.device, values.dtype)
+    scale = norm.scale.to(values.device, values.dtype)
+    return centred * gain * scale[:, None] + bias
+
+
+def _remember(into: dict[str, Tensor]):  # noqa: ANN202
+    def keep(values: Tensor, _context: EditContext) -> Tensor:
+        into["value"] = values
+        return values
+
+    return keep
+
+
+def _ratio(before: Tensor | None, behind: Tensor) -> Tensor | None:
+    """Return what a norm behind attention multiplies every value by; None where there is none."""
+    if before is None or torch.equal(before, behind):
+        return None
+    return torch.where(before == 0, torch.zeros_like(before), behind / before)
+
+
+def _gradients(above: Tensor, below: Tensor, cotangents: Tensor) -> Tensor:
+    """Return the gradient of `below` for every cotangent, sharing the forward pass."""
+    return torch.autograd.grad(
+        above, below, cotangents, is_grads_batched=True, retain_graph=True
+    )[0]
