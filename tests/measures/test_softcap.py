@@ -7,8 +7,7 @@ import pytest
 
 from golden.published_case import case
 from layerscope.errors import TableError
-from layerscope.measures.head_transforms import cap
-from layerscope.measures.softcap import fit_softcap
+from layerscope.measures.softcap import cap, fit_softcap
 
 Z = np.random.default_rng(3).normal(size=200) * 20
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from layerscope.errors import TableError
-from layerscope.measures.head_transforms import cap
 
 _POINTS, _STEP = 801, 1e-10  # of the search for the one free logit
 
@@ -29,6 +29,11 @@ class CapFit:
     top_logit: float
     max_error: float
     tokens: int
+
+
+def cap(logits: Float[np.ndarray, " token"], softcap: float) -> Float[np.ndarray, " token"]:
+    """Return softcap * tanh(logits / softcap)."""
+    return softcap * np.tanh(logits / softcap)
 
 
 def fit_softcap(uncapped: Sequence[float], capped: Sequence[float], *, softcap: float) -> CapFit:

@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
-from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.material import Material, answer_id
 from layerscope.experiments.layers.diagnostics.sections import Section, result
 from layerscope.files import canonical_json, sha256_text
-from layerscope.measures.copy_mask import SAMPLE
+from layerscope.measures import copy_mask as measure
 from layerscope.measures.tokens import is_ignorable
 from layerscope.models.vocabulary import ignore_mask
 
@@ -27,9 +27,9 @@ def copy_mask(material: Material) -> Section:
     strings = model.token_strings()
     ids = [int(token) for token in mask.nonzero()[0]]
     answers = [
-        {**material.describe(item), "answer": strings[item.alignment.first_id]}
+        {**material.describe(item), "answer": strings[answer_id(item)]}
         for item in material.passes
-        if bool(mask[item.alignment.first_id])
+        if bool(mask[answer_id(item)])
     ]
     judged = _judged(material, set(ids))
     gates: dict[str, bool | None] = {
@@ -46,15 +46,11 @@ def copy_mask(material: Material) -> Section:
     return result(
         gates,
         warnings=warnings,
-        ignored_token_ids=ids,
-        ignored_token_str_sample=[strings[token] for token in ids[:SAMPLE]],
-        size=len(ids),
-        share=len(ids) / model.d_vocab,
-        d_vocab=model.d_vocab,
+        **measure.copy_mask(ids, strings),
         sha256=sha256_text(canonical_json(ids)),
         categories=_categories(strings, ids),
         special_tokens=[strings[token] for token in ids if not is_ignorable(strings[token])][
-            :SAMPLE
+            : measure.SAMPLE
         ],
         in_prompts=[_in_prompt(material, number) for number in range(len(material.passes))],
         rows=judged,
