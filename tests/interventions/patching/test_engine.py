@@ -8,9 +8,8 @@ import torch
 import layerscope
 from layerscope.errors import EditError, LayerscopeError, SiteError
 from layerscope.interventions.patching import Cell, Patch, record, run_cells, site_of
-from layerscope.models import Site
+from layerscope.models import Apply, Site
 from support.loaded import hf, loaded, state_of
-from support.patching_naive import naive_cells
 from support.tiny_models import tiny, tiny_tokenizer
 
 # GQA, post-norms, parallel blocks, windows, experts, learned positions, fused projections.
@@ -52,6 +51,27 @@ def all_logits(model):
         return model.unembedding.logits(final).double()
 
     return read
+
+
+def naive_cells(runs, cells):
+    """Return the last position's logits of every cell, each by the model's own full pass."""
+    rows = []
+    for cell in cells:
+        edits = [Apply(patch.site, putting(patch)) for patch in cell.patches]
+        ids = runs.batch.ids[cell.row : cell.row + 1]
+        rows.append(runs.model.run(ids, edits=edits).logits[0, -1])
+    return torch.stack(rows)
+
+
+def putting(patch):
+    def put(values, _context):
+        table = values.movedim(patch.site.pos_axis, 1)
+        for at, column in enumerate(patch.columns):
+            where = (0, column) if patch.unit is None else (0, column, patch.unit)
+            table[where] = patch.value[at]
+        return values
+
+    return put
 
 
 def sites_of(model):

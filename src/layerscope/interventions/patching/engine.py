@@ -204,7 +204,7 @@ class _Climb:
             start=Start(layer, residual),
             stop_after=None if whole else stop - 1,
             capture=Capture(site, positions=-1) if whole else site,
-            edits=[_edit(at, chosen, self.column) for at, chosen in by_site.items()],
+            edits=[edit_of(at, chosen, self.column) for at, chosen in by_site.items()],
             logits=None,
             cache=cache,
             products=recording.products,
@@ -222,8 +222,8 @@ class _Climb:
         return batch, None if self.past is None else self.past.select(rows)
 
 
-def _edit(site: Site, chosen: Sequence[tuple[int, Patch]], column: int) -> Apply:
-    """Return one edit that puts all patches of one site in their places."""
+def edit_of(site: Site, chosen: Sequence[tuple[int, Patch]], column: int = 0) -> Apply:
+    """Return one edit that puts patches of one site into batch rows, positions from `column`."""
 
     def put(values: Tensor, _context: EditContext) -> Tensor:
         _write(values.movedim(site.pos_axis, 1), chosen, column)
