@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.material import Material, answer_id
 from layerscope.experiments.layers.diagnostics.norms import READINGS, norm_for, why_absent
 from layerscope.experiments.layers.diagnostics.onsets import preferred
 from layerscope.experiments.layers.diagnostics.sections import Section, all_hold, result, skipped
@@ -88,12 +88,12 @@ def _decode(
         for row in sorted({layer for _, layer in targets}):
             found = norm_for(material.model, choice, row)
             if found is None and choice == material.config.norm_choice:
-                found = material.model.norm_at(row, choice)
+                found = material.model.norm_at(row, material.config.norm_choice)
             if found is not None:
                 places.append((choice, row))
                 with torch.no_grad():
                     hidden.append(found[1](material.captured.residual[number, -1, row][None]))
-    tokens = torch.full((len(places), 1), item.alignment.first_id)
+    tokens = torch.full((len(places), 1), answer_id(item))
     read = material.read(torch.cat(hidden).float(), _REQUEST, tokens=tokens)
     decoded: dict[str, dict[int, measure.Decoded]] = {choice: {} for choice in choices}
     for index, (choice, row) in enumerate(places):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.material import Material, answer_id
 from layerscope.experiments.layers.diagnostics.onsets import PREFERRED
 from layerscope.experiments.layers.diagnostics.sections import Section, all_hold, result, skipped
 from layerscope.measures import gate_stability as measure
@@ -74,6 +74,6 @@ def _scaled(material: Material, number: int, row: int) -> measure.ScaledRow:
     logits = material.model.unembedding.logits(material.norm.transform(residual, row))[0]
     return measure.scaled_row(
         logits.double().cpu().numpy(),
-        material.passes[number].alignment.first_id,
+        answer_id(material.passes[number]),
         material.config.measures.gate_scales,
     )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.material import Material, answer_id
 from layerscope.experiments.layers.diagnostics.norms import facts_of
 from layerscope.experiments.layers.diagnostics.sections import Section, result
 
@@ -97,7 +97,7 @@ def _effect(material: Material, number: int, constant: Float[Tensor, " vocab"]) 
     """Compare every row of a pass with the same row without the constant."""
     head, item = material.model.unembedding, material.passes[number]
     plain = replace(head, scale=1.0, softcap=None)
-    answer = item.alignment.first_id
+    answer = answer_id(item)
     found = material.milestones(item)
     semantic = found.get("L_semantic")
     hidden = material.through(material.norm, material.captured.residual[number : number + 1, -1])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from layerscope.errors import PromptError
 from layerscope.lenses.fitting.text import TextSource
 from layerscope.models import TokenBatch
 from layerscope.models.prompts import encode_plain, leading_specials
@@ -101,33 +102,34 @@ def _cut(material: Material, texts: Iterator[str], length: int) -> Sequences:
 
 
 def _samples(material: Material, length: int) -> Sequences:
-    """Return the run's prompts, continued by the model itself to one length.
-
-    Every round takes all prompts once more, with other draws, until there are enough tokens.
-    """
+    """Return the run's prompts, each in turn and as often as needed, continued to one length."""
     length = min(length, material.settings.sample_length)
     prompts = [item.sequence[: item.length][:length] for item in material.passes]
-    prompts = prompts[:_ROWS]
     longest = max(len(row) for row in prompts)
+    if longest == length:
+        return [row for row in prompts if len(row) >= _SHORTEST]
     found = Sequences()
     while sum(len(row) for row in found) < material.settings.sample_tokens:
-        if longest == length:
-            return [row for row in prompts if len(row) >= _SHORTEST]
+        first = len(found)
+        rows = [prompts[(first + row) % len(prompts)] for row in range(_ROWS)]
         drawn = material.model.generate(
-            TokenBatch.from_ids([list(row) for row in prompts]),
+            TokenBatch.from_ids([list(row) for row in rows]),
             max_new_tokens=length - longest,
             temperature=1.0,
-            seed=len(found),
+            seed=first,
             eos=False,
         )
-        found += [(*row, *ids) for row, ids in zip(prompts, drawn.ids, strict=True)]
+        found += [(*row, *ids) for row, ids in zip(rows, drawn.ids, strict=True)]
     return found
 
 
 def _unwritable(material: Material) -> str:
     """Say why the built-in text cannot be written by this tokenizer, "" where it can."""
     tokenizer, text = material.model.tokenizer, _builtin()
-    ids, _ = encode_plain(tokenizer, text)
+    try:
+        ids, _ = encode_plain(tokenizer, text)
+    except PromptError as error:
+        return f"the built-in text was not read ({error})"
     known = [token for token in ids if token != tokenizer.unk_token_id]
     written = "".join(str(tokenizer.decode(known)).split())
     covered = len(written) / len("".join(text.split()))

@@ -105,7 +105,8 @@ class Material:
 
     def _choose(self) -> tuple[list[PreparedPass], int]:
         """Take facts in their original wording first, as many as memory and settings allow."""
-        every = [item for unit in self.planned.units for item in unit.passes]
+        passes = [item for unit in self.planned.units for item in unit.passes]
+        every = [item for item in passes if item.alignment.first_id is not None]
         ranked = sorted(
             every,
             key=lambda item: (item.source.prompt_id != "pos", item.source.variant != "orig"),
@@ -114,7 +115,7 @@ class Material:
         needed = (places * self.model.d_model * COPIES + self.model.d_vocab) * BYTES_PER_VALUE
         most = max(1, min(self.settings.passes, self.config.batch_bytes // needed))
         chosen = ranked[:most]
-        return chosen, len(every) - len(chosen)
+        return chosen, len(passes) - len(chosen)
 
     @property
     def scope(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ class Material:
 
     def answers(self, passes: Sequence[PreparedPass]) -> Int[Tensor, " pass"]:
         """Return the first token of every answer."""
-        return torch.tensor([item.alignment.first_id for item in passes])
+        return torch.tensor([answer_id(item) for item in passes])
 
     def describe(self, item: PreparedPass) -> dict[str, Any]:
         """Return the columns that name a pass in a section."""
@@ -291,6 +292,13 @@ class Material:
     def low(self) -> bool:
         """Whether the model computes in half precision."""
         return self.model.dtype in (torch.float16, torch.bfloat16)
+
+
+def answer_id(item: PreparedPass) -> int:
+    """Return the first token of a pass's answer; the passes of a `Material` all have one."""
+    found = item.alignment.first_id
+    assert found is not None
+    return found
 
 
 def row_sites(model: LanguageModel) -> list[str]:

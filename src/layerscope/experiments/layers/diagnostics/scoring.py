@@ -230,15 +230,17 @@ def audit(
 
 
 def _joined(audits: list[Audit]) -> Audit:
-    names = list(audits[0].kl_bits)
     return Audit(
         np.concatenate([part.position for part in audits]),
         np.concatenate([part.fraction for part in audits]),
-        *(
-            {name: np.concatenate([take(part)[name] for part in audits], axis=1) for name in names}
-            for take in (lambda a: a.kl_bits, lambda a: a.entropy_bits, lambda a: a.rank)
-        ),
+        _by_name([part.kl_bits for part in audits]),
+        _by_name([part.entropy_bits for part in audits]),
+        _by_name([part.rank for part in audits]),
     )
+
+
+def _by_name(parts: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
 
 def _along(material: Material, states: _Batch) -> Along:

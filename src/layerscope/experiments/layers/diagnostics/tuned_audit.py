@@ -9,7 +9,7 @@ import polars as pl
 import torch
 from jaxtyping import Bool, Float
 
-from layerscope.experiments.layers.diagnostics.material import Material
+from layerscope.experiments.layers.diagnostics.material import Material, answer_id
 from layerscope.experiments.layers.diagnostics.scoring import Along, Audit, audit, score
 from layerscope.experiments.layers.diagnostics.sections import Section, all_hold, result, skipped
 from layerscope.experiments.layers.diagnostics.splitting import FITTED_TEMPERATURE
@@ -87,7 +87,7 @@ def _pass_frames(material: Material, number: int) -> tuple[pl.DataFrame, pl.Data
         final[-1:],
         np.array([item.length - 1]),
         np.array([1.0]),
-        gold=torch.tensor([item.alignment.first_id]),
+        gold=torch.tensor([answer_id(item)]),
     )
     at_grid = audit(
         material,
