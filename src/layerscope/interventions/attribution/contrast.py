@@ -1,6 +1,6 @@
 """What every attribution method is asked: two runs, the one that is changed and the other's values.
 
-``noising`` puts corrupt values into the clean run, ``denoising`` clean values into the corrupt run.
+``noise`` puts corrupt values into the clean run, ``denoise`` clean values into the corrupt run.
 An effect is always the metric after the change less the metric of the run that is changed.
 """
 
@@ -19,7 +19,7 @@ from layerscope.errors import AlignmentError, ConfigError
 from layerscope.models import Edit, LanguageModel, Replace, RunResult, Site, TokenBatch
 from layerscope.models.prompts import PromptsLike
 
-Direction: TypeAlias = Literal["noising", "denoising"]
+Direction: TypeAlias = Literal["noise", "denoise"]
 Metric: TypeAlias = Callable[[Float[Tensor, "row vocab"]], Float[Tensor, " row"]]
 """A differentiable function of the last position's logits, one number per prompt."""
 
@@ -69,7 +69,7 @@ class Contrast:
     base: TokenBatch
     donor: TokenBatch
     metric: Metric
-    direction: Direction = "noising"
+    direction: Direction = "noise"
 
     @classmethod
     def of(
@@ -79,7 +79,7 @@ class Contrast:
         corrupt: PromptsLike,
         metric: Metric,
         *,
-        direction: Direction = "noising",
+        direction: Direction = "noise",
     ) -> Contrast:
         """Pair clean and corrupt prompts row by row.
 
@@ -87,8 +87,8 @@ class Contrast:
             AlignmentError: a pair differs in length; shows both tokenisations.
             ConfigError: the direction is unknown, or there are not as many clean as corrupt ones.
         """
-        if direction not in ("noising", "denoising"):
-            raise ConfigError(f"direction is {direction!r}; use 'noising' or 'denoising'")
+        if direction not in ("noise", "denoise"):
+            raise ConfigError(f"direction is {direction!r}; use 'noise' or 'denoise'")
         first, second = model.tokenize(clean), model.tokenize(corrupt)
         if len(first) != len(second):
             raise ConfigError(
@@ -101,8 +101,14 @@ class Contrast:
                     f"cannot be compared: {first.tokens(row, model.tokenizer)} and "
                     f"{second.tokens(row, model.tokenizer)}; reword one to the other's length"
                 )
-        base, donor = (first, second) if direction == "noising" else (second, first)
+        base, donor = (first, second) if direction == "noise" else (second, first)
         return cls(model, base, donor, metric, direction)
+
+    @property
+    def reverse(self) -> Contrast:
+        """The same pairs with the other run changed."""
+        other: Direction = "denoise" if self.direction == "noise" else "noise"
+        return Contrast(self.model, self.donor, self.base, self.metric, other)
 
     @property
     def n_rows(self) -> int:

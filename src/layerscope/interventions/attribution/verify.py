@@ -6,7 +6,7 @@ nodes the prediction missed, and says why where it can: a saturated metric, satu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -28,9 +28,9 @@ BLIND = 0.1
 
 @dataclass(frozen=True)
 class Verified:
-    """One node: its predicted and its exact mean effect, and whether it was predicted strong."""
+    """One node (or its name): predicted and exact mean effect, and whether predicted strong."""
 
-    node: Node
+    node: Node | str
     predicted: float
     exact: float
     top: bool
@@ -62,10 +62,10 @@ class Verification:
     total: float
     n_others: int
     spearman: float | None
-    wrong_signs: tuple[Node, ...]
-    blind: tuple[Node, ...]
-    unconfirmed: tuple[Node, ...]
-    missed: tuple[Node, ...]
+    wrong_signs: tuple[Node | str, ...]
+    blind: tuple[Node | str, ...]
+    unconfirmed: tuple[Node | str, ...]
+    missed: tuple[Node | str, ...]
     missed_bound: float | None
     joint: float | None
     warnings: tuple[str, ...]
@@ -113,35 +113,79 @@ def verify(
     Raises:
         ConfigError: nothing is to be verified.
     """
-    ranked = scores.ranked(positions=positions)
-    if top < 0 or sample < 0 or not ranked[: top + sample]:
-        raise ConfigError("nothing is to be verified; give top or sample")
-    strongest, others = ranked[:top], ranked[top:]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(others), generator=generator)[:sample].tolist()
-    sampled = [others[index] for index in sorted(drawn)]
+    strongest, sampled, n_others = pick(
+        scores.ranked(positions=positions), top=top, sample=sample, seed=seed
+    )
     exact = exact_effects(scores.contrast, [*strongest, *sampled])
-    nodes = tuple(
+    nodes = [
         Verified(node, scores.mean(node), float(exact[node].mean()), node in strongest)
         for node in [*strongest, *sampled]
-    )
-    total = float(scores.contrast.total.mean())
-    least = MATTERS * abs(total)
-    found = _Findings.of(nodes, least, unsigned=unsigned)
+    ]
     joint = float(joint_effect(scores.contrast, strongest).mean()) if strongest else None
+    total = float(scores.contrast.total.mean())
+    return judge(
+        scores.method,
+        nodes,
+        total,
+        joint,
+        n_others=n_others,
+        unsigned=unsigned,
+        reason=lambda: blind_reason(scores.contrast),
+    )
+
+
+def pick(
+    ranked: Sequence[Node], *, top: int, sample: int, seed: int
+) -> tuple[list[Node], list[Node], int]:
+    """Return the strongest nodes, a random sample of the others, and how many others there are.
+
+    Raises:
+        ConfigError: that is nothing at all.
+    """
+    if top < 0 or sample < 0 or not ranked[: top + sample]:
+        raise ConfigError("nothing is to be verified; give top or sample")
+    strongest, others = list(ranked[:top]), ranked[top:]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(others), generator=generator)[:sample].tolist()
+    return strongest, [others[index] for index in sorted(drawn)], len(others)
+
+
+def judge(
+    method: str,
+    nodes: Sequence[Verified],
+    total: float,
+    joint: float | None,
+    *,
+    n_others: int,
+    unsigned: bool = False,
+    reason: Callable[[], str] = lambda: "gradients are far from the effect",
+) -> Verification:
+    """Compare predictions with exact effects.
+
+    Args:
+        method: of the prediction.
+        nodes: what was verified.
+        total: mean effect of changing everything.
+        joint: mean effect of the strongest together.
+        n_others: nodes outside the strongest.
+        unsigned: the prediction has no sign.
+        reason: says why gradients are blind; asked only if they are.
+    """
+    found = _Findings.of(nodes, MATTERS * abs(total), unsigned=unsigned)
+    drawn = sum(not item.top for item in nodes)
     return Verification(
-        method=scores.method,
-        nodes=nodes,
+        method=method,
+        nodes=tuple(nodes),
         total=total,
-        n_others=len(others),
+        n_others=n_others,
         spearman=_spearman([abs(v.predicted) for v in nodes], [abs(v.exact) for v in nodes]),
         wrong_signs=tuple(item.node for item in found.wrong_signs),
         blind=tuple(item.node for item in found.blind),
         unconfirmed=tuple(item.node for item in found.unconfirmed),
         missed=tuple(item.node for item in found.missed),
-        missed_bound=_upper_bound(len(found.missed), len(sampled)) if sampled else None,
+        missed_bound=_upper_bound(len(found.missed), drawn) if drawn else None,
         joint=joint,
-        warnings=tuple(_warnings(scores.contrast, found, nodes, joint)),
+        warnings=tuple(_warnings(total, found, nodes, joint, reason)),
     )
 
 
@@ -188,14 +232,18 @@ def metric_linearity(contrast: Contrast) -> float | None:
 
 
 def _warnings(
-    contrast: Contrast, found: _Findings, nodes: Sequence[Verified], joint: float | None
+    total: float,
+    found: _Findings,
+    nodes: Sequence[Verified],
+    joint: float | None,
+    reason: Callable[[], str],
 ) -> list[str]:
     lines: list[str] = []
-    if not float(contrast.total.abs().mean()):
+    if not total:
         lines.append("clean and corrupt prompts give the same metric: nothing can be attributed")
     if found.blind:
         names = ", ".join(f"{item.node} (exact {item.exact:.3g})" for item in found.blind[:5])
-        lines.append(f"blind: {_reason(contrast)}: gradients do not see {names}")
+        lines.append(f"blind: {reason()}: gradients do not see {names}")
     if found.wrong_signs:
         lines.append(f"wrong sign: {_pairs(found.wrong_signs)}")
     if found.unconfirmed:
@@ -225,7 +273,8 @@ def _pairs(items: Sequence[Verified]) -> str:
     )
 
 
-def _reason(contrast: Contrast) -> str:
+def blind_reason(contrast: Contrast) -> str:
+    """Return why gradients may be blind here: a saturated metric, saturated attention, or other."""
     linearity = metric_linearity(contrast)
     if linearity is not None and abs(linearity) < 0.5:
         return (
