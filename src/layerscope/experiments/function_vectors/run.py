@@ -21,6 +21,7 @@ from layerscope.experiments.units import (
     Work,
     describe_run,
     run_units,
+    shifted,
     work_key,
 )
 from layerscope.interventions.function_vectors.effects import (
@@ -111,7 +112,7 @@ def execute(
         name: str, do: Callable[[int], Piece], layers: Sequence[int], done: int
     ) -> list[Piece]:
         works = [Work(work_key(NAME, identity, name, at), partial(do, at)) for at in layers]
-        tell = None if progress is None else (lambda now, _all: progress(done + now, total))
+        tell = shifted(progress, done, total)
         return run_units(works, units=units, progress=tell)
 
     (first,) = stage("baselines", lambda _: run.baselines(), (0,), 0)

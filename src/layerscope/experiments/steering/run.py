@@ -22,6 +22,7 @@ from layerscope.experiments.units import (
     Work,
     describe_run,
     run_units,
+    shifted,
     work_key,
 )
 from layerscope.interventions.steering.contrasts import ContrastSet
@@ -108,8 +109,7 @@ def plan(
     for layer in layers:
         if not 0 <= layer < model.n_layers:
             raise SiteError(f"there is no layer {layer}; this model has 0 to {model.n_layers - 1}")
-    shares = {"validation": config.validation, "test": config.test, "seed": config.seed}
-    train, *kept = contrasts.split(**shares)
+    train, *kept = contrasts.split(validation=config.validation, test=config.test, seed=config.seed)
     asked = kept
     if evaluate is not None:
         half = ContrastSet.split(evaluate, validation=0.4, test=0.0, seed=config.seed)
@@ -164,7 +164,7 @@ def execute(
         name: str, do: Callable[[Any], Piece], keys: Sequence[Any], done: int
     ) -> pl.DataFrame:
         works = [Work(work_key(NAME, identity, name, key), partial(do, key)) for key in keys]
-        tell = None if progress is None else (lambda now, _all: progress(done + now, total))
+        tell = shifted(progress, done, total)
         found = run_units(works, units=units, progress=tell)
         return pl.concat([piece.rows for piece in found]) if found else pl.DataFrame(schema=TEXTS)
 

@@ -77,10 +77,12 @@ def estimate(
         found["pca_centred"] = _component(differences - mean, differences)
         found["pca_pairwise"] = _component(differences, differences)
     found["probe"] = _probe(ones, others)
-    directions = {name: vector / vector.norm() * length for name, vector in found.items()}
+    directions: dict[Estimator, Tensor] = {
+        name: (vector / vector.norm() * length).float() for name, vector in found.items()
+    }
     unit = mean / length
     cosines = {
-        name: abs(float(vector @ unit / length))
+        name: abs(float(vector.double() @ unit / length))
         for name, vector in directions.items()
         if name != "mean_difference"
     }
@@ -90,7 +92,7 @@ def estimate(
     split_half = abs(float(torch.cosine_similarity(halves[0], halves[1], dim=0)))
     warnings = _warnings(cosines, shared, split_half, len(ones))
     return Estimates(
-        {name: vector.float() for name, vector in directions.items()},
+        directions,
         cosines,
         shared,
         split_half,
