@@ -28,9 +28,9 @@ def test_one_row_per_lens_and_the_tempered_norm_lens_beside_it() -> None:
 
 def test_missing_milestones_are_counted_in_the_cell() -> None:
     entry: dict[str, Any] = summary()
-    entry["lens_comparison"]["milestones"]["prism"]["L_semantic"] = {"median": 4.5, "missing": 2}
+    entry["lens_comparison"]["milestones"]["prism"]["L_semantic"] = {"median": 4.5, "missing": 1}
     prism = next(row for row in lens_table(entry).rows if row.name == "prism")
-    assert f"{number(4.5)} (2 never)" in [text for text, _ in prism.milestones]
+    assert f"{number(4.5)} (2/3)" in [text for text, _ in prism.milestones]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def lens_table(summary: Mapping[str, Any]) -> LensTable:
     kl: Mapping[str, Any] = found.get("kl_to_final_bits") or {}
     depths: Mapping[str, int] = found.get("depths") or {}
     layers: Mapping[str, Any] = found.get("milestones") or {}
+    facts = int(found.get("facts") or 0)
     names = [name for name in kl if name != TEMPERED]
     if TEMPERED in kl and "temperature" not in kl:  # beside the lens that it calibrates
         names.insert(names.index("norm") + 1 if "norm" in names else 0, TEMPERED)
@@ -47,7 +48,7 @@ def lens_table(summary: Mapping[str, Any]) -> LensTable:
         LensRow(
             name=_NAMES.get(name, visible(name, keep_spaces=True)),
             bits=tuple(_bits(kl[name].get(depth)) for depth in depths),
-            milestones=tuple(_median(layers.get(name), entry) for entry in MILESTONES),
+            milestones=tuple(_median(layers.get(name), entry, facts) for entry in MILESTONES),
         )
         for name in names
     )
@@ -56,7 +57,7 @@ def lens_table(summary: Mapping[str, Any]) -> LensTable:
         columns=tuple(label(name) for name in MILESTONES),
         rows=rows,
         notes=tuple(lens_notes(summary)),
-        facts=int(found.get("facts") or 0),
+        facts=facts,
     )
 
 
@@ -154,12 +155,14 @@ def _bits(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _median(layers: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
+def _median(layers: Mapping[str, Any] | None, name: str, facts: int) -> tuple[str, str]:
     entry: Mapping[str, Any] | None = (layers or {}).get(name)
     if entry is None:
         return "–", "not measured"
     missing = entry["missing"]
-    text = number(entry["median"]) if entry["median"] is not None else "–"
+    if entry["median"] is None:
+        return "–", "never, in any fact"
     if not missing:
-        return text, "median over all facts"
-    return f"{text} ({missing} never)", f"median of the rest; {_count(missing, 'fact')} never"
+        return number(entry["median"]), "median over all facts"
+    reached = f"{facts - missing}/{facts}"
+    return f"{number(entry['median'])} ({reached})", f"median of the {reached} facts that reach it"

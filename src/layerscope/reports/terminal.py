@@ -194,13 +194,15 @@ def _print_lenses(summary: Mapping[str, Any], console: Console) -> None:
     if not fitted:
         grid = _grid()
         _column(grid, "lens")
-        for header in (*(f"KL {depth}" for depth in found.depths), *found.columns):
+        for header in (*found.depths, *found.columns):
             _column(grid, header.replace(" (layer ", "@").rstrip(")"), right=True)
         for row in found.rows:
             cells = (row.name, *row.bits, *(text for text, _ in row.milestones))
             grid.add_row(*(Text(cell) for cell in cells))
         _heading(
-            console, "Lens against lens", f"KL to final in bits; medians over {found.facts} facts"
+            console,
+            "Lens against lens",
+            f"KL to final in bits, milestones; medians of {found.facts} facts",
         )
         console.print(grid)
     for note in notes:
