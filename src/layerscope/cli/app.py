@@ -22,6 +22,7 @@ COMMANDS = (
     "layers",
     "battery",
     "patch",
+    "trace",
     "attribute",
     "mediate",
     "heads",

@@ -153,6 +153,8 @@ def _show(summary: dict[str, Any], planned: PatchPlan) -> None:
         for row in left[:5]:
             line = f"  {row['pair']}: {row['reason']}"
             screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    for caution in summary["cautions"]:
+        screen.print(f"caution: {caution}", highlight=False, soft_wrap=True)
     checked = summary["verified"]
     if checked.get("worst_error") is not None:
         screen.print(

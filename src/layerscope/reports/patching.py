@@ -79,6 +79,8 @@ def _overview(summary: dict[str, Any], provenance: dict[str, Any]) -> Section:
     parts: list[Part] = [Figures(figures)]
     if plan.get("text"):
         parts.append(Text([f"Plan: {plan['text']}."]))
+    if summary["cautions"]:
+        parts.append(Text([f"Caution: {caution}." for caution in summary["cautions"]]))
     if summary["zero_denominator"]:
         parts.append(
             Text(

@@ -5,5 +5,26 @@ from __future__ import annotations
 from layerscope.experiments.patching.config import PatchConfig
 from layerscope.experiments.patching.files import read_pairs
 from layerscope.experiments.patching.run import PatchPlan, execute, patch, plan
+from layerscope.experiments.patching.trace import (
+    Fact,
+    TraceConfig,
+    TracePlan,
+    execute_trace,
+    plan_trace,
+    read_facts,
+)
 
-__all__ = ["PatchConfig", "PatchPlan", "execute", "patch", "plan", "read_pairs"]
+__all__ = [
+    "Fact",
+    "PatchConfig",
+    "PatchPlan",
+    "TraceConfig",
+    "TracePlan",
+    "execute",
+    "execute_trace",
+    "patch",
+    "plan",
+    "plan_trace",
+    "read_facts",
+    "read_pairs",
+]

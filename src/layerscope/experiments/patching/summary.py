@@ -11,6 +11,9 @@ from layerscope.experiments.patching.config import PatchConfig
 from layerscope.interventions.patching import Cost
 
 TOP = 20
+SATURATED = 0.99
+# Recovery below which no single cell counts as an effect.
+WEAK = 0.1
 
 
 def summarise(
@@ -57,8 +60,29 @@ def summarise(
         "top": means.sort("mean_recovery", descending=True, nulls_last=True).head(TOP).to_dicts(),
         "bottom": means.sort("mean_recovery", nulls_last=True).head(5).to_dicts(),
         "verified": verified,
+        "cautions": cautions(chosen, main),
         "cost": cost.to_dict(),
     }
+
+
+def cautions(cells: pl.DataFrame, metric: str) -> list[str]:
+    """Return what this way of measuring cannot see here, one sentence each."""
+    found: list[str] = []
+    ends = pl.concat([cells["base"], cells["donor"]]).drop_nulls()
+    if metric in ("prob", "prob_diff") and bool((ends.abs() > SATURATED).any()):
+        found.append(
+            f"{metric} saturates: a run has more than {SATURATED}, where large changes of the "
+            "logits hardly show; measure logit_diff too"
+        )
+    if metric == "rank" and bool((ends == 1).any()):
+        found.append("rank saturates at 1: growing or shrinking leads do not show; add logit_diff")
+    single = cells.filter(pl.col("place") != "all")
+    if single.height and float(single["recovery"].abs().max() or 0.0) < WEAK:
+        found.append(
+            "no single cell matters: redundant parts (either suffices) and backups hide one "
+            "another when patched one at a time; patch several together"
+        )
+    return found
 
 
 def grouped(cells: pl.DataFrame) -> pl.DataFrame:

@@ -101,8 +101,8 @@ def tokenize_pair(model: LanguageModel, pair: PromptPair) -> TokenPair:
     places = [
         Place(
             label,
-            _place(clean, pair.clean, texts[0], label, pair.key),
-            _place(corrupt, pair.corrupt, texts[1], label, pair.key),
+            place_of(clean, pair.clean, texts[0], label, pair.key)[-1],
+            place_of(corrupt, pair.corrupt, texts[1], label, pair.key)[-1],
         )
         for label, texts in pair.labels.items()
     ]
@@ -190,8 +190,12 @@ def _first_ids(model: LanguageModel, pair: PromptPair, words: Sequence[str]) -> 
     return tuple(found)
 
 
-def _place(batch: TokenBatch, prompt: str, text: str, label: str, key: str) -> int:
-    """Return the last token of a text's last occurrence in a prompt."""
+def place_of(batch: TokenBatch, prompt: str, text: str, label: str, key: str) -> tuple[int, ...]:
+    """Return the tokens of a text's last occurrence in the one prompt of a batch.
+
+    Raises:
+        PromptError: the text is not there, or the tokenizer does not say where its tokens lie.
+    """
     offsets = batch.offsets[0] if batch.offsets else None
     if offsets is None:
         raise PromptError(
@@ -209,4 +213,4 @@ def _place(batch: TokenBatch, prompt: str, text: str, label: str, key: str) -> i
         raise PromptError(
             f"pair '{key}': the text {text!r} of the label '{label}' is not in {prompt!r}"
         )
-    return inside[-1]
+    return tuple(inside)
