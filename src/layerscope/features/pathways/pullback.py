@@ -20,6 +20,7 @@ from layerscope.errors import CapabilityError, ConfigError, nearest
 from layerscope.features.pathways.state import PromptState
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import Apply, Capture, Edit, EditContext, Replace, Site, Start, TokenBatch
+from layerscope.models.edits import EditFunction
 
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
@@ -43,7 +44,8 @@ class Pullback:
     ) -> None:
         if variant not in VARIANTS:
             raise ConfigError(
-                f"unknown variant '{variant}'{nearest(variant, VARIANTS)}; use {', '.join(VARIANTS)}"
+                f"unknown variant '{variant}'{nearest(variant, VARIANTS)}; use "
+                f"{', '.join(VARIANTS)}"
             )
         self.state, self.variant, self.chunk = state, variant, chunk
         ids = state.batch.ids[:, :n_positions]
@@ -78,9 +80,7 @@ class Pullback:
         """Return what a block's MLP writes, the constants of the linear variant."""
         site = f"mlp_out.{block}"
         start = Start(block, self.state.residuals[block : block + 1, : self.n_positions])
-        found = self.model.run(
-            self.batch, start=start, stop_after=block, capture=site, logits=None
-        )
+        found = self.model.run(self.batch, start=start, stop_after=block, capture=site, logits=None)
         return found[site][0]
 
     def _block(self, block: int, below: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
     return centred * gain * scale[:, None] + bias
 
 
-def _remember(into: dict[str, Tensor]):  # noqa: ANN202
+def _remember(into: dict[str, Tensor]) -> EditFunction:
     def keep(values: Tensor, _context: EditContext) -> Tensor:
         into["value"] = values
         return values
@@ -197,6 +197,6 @@ def _ratio(before: Tensor | None, behind: Tensor) -> Tensor | None:
 
 def _gradients(above: Tensor, below: Tensor, cotangents: Tensor) -> Tensor:
     """Return the gradient of `below` for every cotangent, sharing the forward pass."""
-    return torch.autograd.grad(
-        above, below, cotangents, is_grads_batched=True, retain_graph=True
-    )[0]
+    return torch.autograd.grad(above, below, cotangents, is_grads_batched=True, retain_graph=True)[
+        0
+    ]

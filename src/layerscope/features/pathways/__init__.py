@@ -1,0 +1,39 @@
+"""Feature pathways: which earlier features drive a feature, and what a replay says of it.
+
+state = PromptState.of(model, prompt, dictionaries, targets)   # one forward, dictionaries read once
+edges = discover(state)                                        # gradients, swept once
+edges, doses = judge(state, edges, replay(state, edges))       # every edge carried out
+"""
+
+from __future__ import annotations
+
+from layerscope.features.pathways.discover import DiscoverOptions, discover
+from layerscope.features.pathways.pullback import Pullback, Variant
+from layerscope.features.pathways.replay import DOSES, Measured, ReplayOptions, replay
+from layerscope.features.pathways.state import (
+    ActiveFeatures,
+    PromptState,
+    Target,
+    TargetState,
+    active_features,
+)
+from layerscope.features.pathways.verdicts import VERDICTS, agreement, judge
+
+__all__ = [
+    "DOSES",
+    "VERDICTS",
+    "ActiveFeatures",
+    "DiscoverOptions",
+    "Measured",
+    "PromptState",
+    "Pullback",
+    "ReplayOptions",
+    "Target",
+    "TargetState",
+    "Variant",
+    "active_features",
+    "agreement",
+    "discover",
+    "judge",
+    "replay",
+]
