@@ -49,11 +49,11 @@ def test_a_dead_feature_comes_back() -> None:
     for weight in (0.0, 1.0):
         options = planted_options("batchtopk", steps=250, revive=weight or 1e-12, dead_after=2_000)
         trainer = Trainer(p.x.float(), HERE, options)
-        trainer.parameters["W_enc"][:20] *= 1e-3  # never among the largest
+        trainer.parameters["W_enc"][:40] *= 1e-3  # never among the largest
         for index in range(options.steps):
             trainer.step(index)
-        dead[weight] = float((trainer.silent[:20] > 2_000).double().mean())
-    assert dead[0.0] == 1.0 and dead[1.0] < 0.8
+        dead[weight] = float((trainer.silent[:40] > 2_000).double().mean())
+    assert dead[0.0] == 1.0 and dead[1.0] < 0.6
 
 
 def batches(seed: int, n: int = 12, length: int = 24) -> list[TokenBatch]:

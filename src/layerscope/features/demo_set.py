@@ -153,7 +153,7 @@ def document(
                 "slot_machine": found.to_dict(),
             }
         )
-    record = {"options": asdict(options), "tokens": tokens, "figures": rows}
+    record: dict[str, Any] = {"options": asdict(options), "tokens": tokens, "figures": rows}
     if not any(one.resumed for one in trained):
         record["minutes"] = round(minutes, 1)
     write_json(folder / RECORD, record)

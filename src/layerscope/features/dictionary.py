@@ -368,7 +368,10 @@ class SparseDictionary:
 
     def _check(self) -> None:
         n, d_out = self.n_features, self.d_out
-        expected = {"bias": (self.bias, (n,)), "decoder bias": (self.decoder_bias, (d_out,))}
+        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+            "bias": (self.bias, (n,)),
+            "decoder bias": (self.decoder_bias, (d_out,)),
+        }
         if self.center is not None:
             expected["pre-bias"] = (self.center, (self.d_in,))
         if self.skip is not None:

@@ -23,7 +23,7 @@ from layerscope.models.edits import Edit, EditContext, Positions
 from layerscope.models.scopes import Scope
 from layerscope.models.sites import Site
 
-Features = int | FeatureId | Sequence[int] | Sequence[FeatureId]
+Features = int | FeatureId | Sequence[int] | Sequence[FeatureId] | Tensor
 Value = float | Tensor
 
 
@@ -212,6 +212,8 @@ def _of(dictionary: SparseDictionary, features: Features) -> tuple[Site, tuple[i
             f"features of a transcoder ({dictionary.reads} to {dictionary.writes[0]}) cannot be "
             "edited at the site it reads; add its write directions with `Add` at the site it writes"
         )
+    if isinstance(features, Tensor):
+        features = features.reshape(-1).tolist()
     listed: list[Any] = [features] if isinstance(features, int | FeatureId) else list(features)
     ids: list[int] = []
     for each in listed:

@@ -80,6 +80,7 @@ def write_dictionary(
     if log_sparsity is not None:
         with atomic_path(folder / SPARSITY) as temporary:
             save_file({"sparsity": log_sparsity.float().cpu()}, temporary)
+    written = [hook_name(site) for site in dictionary.writes]
     norm = dictionary.token_norm.kind if dictionary.token_norm else "none"
     config = {
         "architecture": architecture,
@@ -95,11 +96,7 @@ def write_dictionary(
         "metadata": {
             "model_name": dictionary.facts.get("model_name"),
             "hook_name": hook_name(dictionary.reads),
-            **(
-                {}
-                if dictionary.is_autoencoder
-                else {"hook_name_out": hook_name(dictionary.writes[0])}
-            ),
+            **({} if dictionary.is_autoencoder else {"hook_name_out": written[0]}),
             "prepend_bos": dictionary.facts.get("prepend_bos", True),
             "context_size": dictionary.facts.get("context_size"),
             "sae_lens_version": "6.0.0",

@@ -51,7 +51,7 @@ def read(path: Path) -> TensorFile:
             )
         text = stream.read(length)
     try:
-        header = cast("Any", json.loads(text))
+        header: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DictionaryError(f"{path} has a damaged header ({error}); download it again") from None
     if not isinstance(header, dict):
