@@ -248,14 +248,31 @@ def test_a_lens_that_cannot_be_had_is_one_line(
 
 
 def test_another_lens_in_the_same_folder_is_another_run(
-    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, place = layerscope.load(folder), tmp_path / "my-lens"
     words = (folder, "--prompts", prompts, "--out", tmp_path / "out", "--json")
-    found: list[Any] = []
-    for noise in (0.1, 0.9):
-        stored("tuned", model, place, noise=noise)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    def found() -> dict[str, Any]:
         assert layers(*words, "--lens", f"norm,tuned={place}") == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0]["run_id"] != found[1]["run_id"]
-    assert found[0]["summary"]["lens_comparison"] != found[1]["summary"]["lens_comparison"]
+        return json.loads(capsys.readouterr().out)
+
+    stored("tuned", model, place, noise=0.1)
+    with monkeypatch.context() as patch:  # finished, but its folder was not
+        patch.setattr("layerscope.cli.sweep.close_run_dir", killed)
+        assert layers(*words, "--lens", f"norm,tuned={place}") == 130
+    capsys.readouterr()
+    with Store.open(tmp_path / "out" / "layerscope.db") as store:
+        (first,) = store.runs()
+        before = store.result(first.id, "summary")
+    stored("tuned", model, place, noise=0.9)
+    after = found()
+    assert after["run_id"] != first.id
+    assert after["summary"]["lens_comparison"] != before["lens_comparison"]
