@@ -50,7 +50,8 @@ class BatteryConfig:
     seed: int = 0
     resamples: int = 1000
     prompts_per_batch: int = 64
-    readout_bytes: int = 128 * MIB
+    batch_bytes: int = 256 * MIB  # activations of one batch, estimated from its longest prompt
+    readout_bytes: int = 128 * MIB  # tiles of the readout
 
     def __post_init__(self) -> None:
         self.layers()  # checks the options that both share
@@ -61,7 +62,7 @@ class BatteryConfig:
                 )
         if len(set(self.parts)) < len(self.parts):
             raise ConfigError("a part is named twice; name each once")
-        for name in ("resamples", "prompts_per_batch"):
+        for name in ("resamples", "prompts_per_batch", "batch_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
 

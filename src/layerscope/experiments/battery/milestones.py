@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
+from jaxtyping import Bool
 
 from layerscope.experiments.battery.decode import FOIL_RANK
 from layerscope.experiments.battery.prepare import Asked
@@ -15,8 +17,8 @@ from layerscope.measures.copy import CopyFlags
 from layerscope.measures.detectors import difference, earliest, first_true
 from layerscope.measures.distribution import entropy_gap_fields
 from layerscope.measures.raw_norm import RawNorm
-from layerscope.measures.rows import PassRows, pass_rows
-from layerscope.measures.semantics import confirmed_semantics, semantic_milestones
+from layerscope.measures.rows import Columns, PassRows, pass_rows
+from layerscope.measures.semantics import confirmed_semantics, margin_ok, strong
 from layerscope.measures.table import LayersTable, PromptInfo, TableMeta
 
 KEPT_ROWS = (
@@ -35,8 +37,6 @@ KEPT_ROWS = (
     "nonfinite",
 )
 """Columns of the rows table, as far as one batch knows them."""
-
-_ONSETS = ("L_semantic_run2", "L_semantic_margin_ok", "L_semantic_strong")
 
 
 def describe(entry: Asked, wordings: Wordings) -> dict[str, Any]:
@@ -87,26 +87,73 @@ def measure(
             tokens=(),
             answer=entry.question.answer,
         )
-        for entry in asked
+        for entry in sorted(asked, key=lambda entry: entry.index)
     )
     meta = TableMeta(model="", n_layers=n_layers, d_vocab=d_vocab, prompts=infos)
     parts = pass_rows(LayersTable(rows, meta))
     found: list[dict[str, Any]] = []
-    for (index, lens), part in parts.items():
-        others = {
-            name: parts[index, name]
-            for name in ("raw", "tuned")
-            if name != lens and (index, name) in parts
-        }
-        found.append(_record(part, others, config, d_vocab=d_vocab))
+    for lens in rows["lens"].unique(maintain_order=True):
+        own = [parts[info.prompt_index, lens] for info in infos]
+        onsets = _onsets(rows, lens, own, config, d_vocab=d_vocab)
+        for part, onset in zip(own, onsets, strict=True):
+            index = part.prompt.prompt_index
+            record = {"prompt_index": index, "lens": lens, **onset, **_echo(part, onset, config)}
+            others = {
+                name: parts[index, name]
+                for name in ("raw", "tuned")
+                if name != lens and (index, name) in parts
+            }
+            found.append(record | _trust(part, others if lens == "norm" else {}, config))
     return found
 
 
-def _record(
-    part: PassRows, others: Mapping[str, PassRows], config: MeasureConfig, *, d_vocab: int
-) -> dict[str, Any]:
-    milestones = semantic_milestones(part, config, d_vocab=d_vocab)
-    onset = milestones["L_semantic"].first
+def _onsets(
+    rows: pl.DataFrame, lens: str, parts: Sequence[PassRows], config: MeasureConfig, *, d_vocab: int
+) -> list[dict[str, Any]]:
+    """Return the onset family of all questions through one lens at once.
+
+    The measures' conditions hold row by row, so they take all questions as one long pass.
+    """
+    frame = rows.filter(pl.col("lens") == lens).sort("prompt_index", "layer")
+    n_layers = parts[0].n_layers
+    shape = (len(parts), n_layers + 1)
+    whole = PassRows(parts[0].prompt, lens, Columns(frame), 0, frame.height, n_layers)
+    rank, kl = whole.floats("answer_rank"), whole.floats("kl_to_final_bits")
+    top = rank == 1
+    conditions = {
+        "L_semantic": top,
+        "L_semantic_margin_ok": margin_ok(whole, config, d_vocab),
+        "L_semantic_strong": strong(whole, config, d_vocab),
+        **{f"first_rank_le_{k}": rank <= k for k in config.rank_thresholds},
+        **{f"first_kl_below_{decimal(t)}": kl <= t for t in config.kl_thresholds_bits},
+    }
+    first = {name: _first(hits.reshape(shape)) for name, hits in conditions.items()}
+    twice = top.reshape(shape)
+    first["L_semantic_run2"] = _first(twice[:, :-1] & twice[:, 1:])
+    last = {
+        "p_answer_last": whole.floats("p_answer"),
+        "answer_rank_last": rank,
+        "kl_to_final_bits_last": kl,
+    }
+    ends = {name: values.reshape(shape)[:, -1] for name, values in last.items()}
+    p_answer = whole.floats("p_answer").reshape(shape)
+    foil = whole.floats(FOIL_RANK).reshape(shape)
+    broken = whole.true("nonfinite").reshape(shape).sum(1)
+    found: list[dict[str, Any]] = []
+    for number in range(len(parts)):
+        record: dict[str, Any] = {name: layers[number] for name, layers in first.items()}
+        onset = record["L_semantic"]
+        record["onset"] = None if onset is None else onset / n_layers
+        record["p_answer_at_onset"] = None if onset is None else _value(p_answer[number, onset])
+        record["foil_rank_at_onset"] = None if onset is None else _whole(foil[number, onset])
+        record |= {name: _value(values[number]) for name, values in ends.items()}
+        record["answer_rank_last"] = _whole(ends["answer_rank_last"][number])
+        found.append(record | {"nonfinite_rows": int(broken[number])})
+    return found
+
+
+def _echo(part: PassRows, onset: Mapping[str, Any], config: MeasureConfig) -> dict[str, Any]:
+    """Return the rows that echo the prompt, and delta-hat: (onset - echo) / n_layers."""
     flags = CopyFlags(part, config)
     strict = first_true(flags.strict(config.copy_threshold).true, part.layers)
     soft = {
@@ -114,42 +161,42 @@ def _record(
         for k in config.copy_soft_window_ks
     }
     copy = strict if strict is not None else earliest(list(soft.values()))
-    delta = difference(onset, copy)
-    gaps = entropy_gap_fields(part)["entropy_gap_bits_percentiles"]
-    names = [f"first_rank_le_{k}" for k in config.rank_thresholds]
-    names += [f"first_kl_below_{decimal(t)}" for t in config.kl_thresholds_bits]
-    record: dict[str, Any] = {
-        "prompt_index": part.prompt.prompt_index,
-        "lens": part.lens,
-        "L_semantic": onset,
-        "onset": None if onset is None else onset / part.n_layers,
-        **{name: milestones[name].first for name in (*_ONSETS, *names)},
+    delta = difference(onset["L_semantic"], copy)
+    return {
         "L_copy": strict,
         **{f"L_copy_soft_k{k}": layer for k, layer in soft.items()},
         "delta_hat": None if delta is None else delta / part.n_layers,
-        **{f"entropy_gap_bits_{name}": value for name, value in gaps.items()},
-        "p_answer_at_onset": part.at("p_answer", onset),
-        "p_answer_last": part.at("p_answer", part.n_layers),
-        "answer_rank_last": _whole(part.at("answer_rank", part.n_layers)),
-        "foil_rank_at_onset": _whole(part.at(FOIL_RANK, onset)),
-        "kl_to_final_bits_last": part.at("kl_to_final_bits", part.n_layers),
-        "nonfinite_rows": int(part.true("nonfinite").sum()),
-        "artifact_score": None,
-        "artifact_tier": None,
-        "L_semantic_confirmed": None,
-        "confirmed_source": None,
     }
-    if part.lens == "norm":
-        if "raw" in others:
-            score = RawNorm(part, others["raw"]).full(config)["score"]
-            record["artifact_score"] = score["lens_artifact_score"]
-            record["artifact_tier"] = score["tier"]
-        if others:
-            confirmed = confirmed_semantics(part, others, config)
-            record["L_semantic_confirmed"] = confirmed["L_semantic_confirmed"]
-            record["confirmed_source"] = confirmed["confirmed_source"]
+
+
+def _trust(part: PassRows, others: Mapping[str, PassRows], config: MeasureConfig) -> dict[str, Any]:
+    """Return entropy gaps, artefact tier (norm against raw) and which lens confirms the onset."""
+    gaps = entropy_gap_fields(part)["entropy_gap_bits_percentiles"]
+    record: dict[str, Any] = {f"entropy_gap_bits_{name}": value for name, value in gaps.items()}
+    record |= dict.fromkeys(
+        ("artifact_score", "artifact_tier", "L_semantic_confirmed", "confirmed_source")
+    )
+    if "raw" in others:
+        score = RawNorm(part, others["raw"]).full(config)["score"]
+        record["artifact_score"] = score["lens_artifact_score"]
+        record["artifact_tier"] = score["tier"]
+    if others:
+        confirmed = confirmed_semantics(part, others, config)
+        record["L_semantic_confirmed"] = confirmed["L_semantic_confirmed"]
+        record["confirmed_source"] = confirmed["confirmed_source"]
     return record
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+def _first(hits: Bool[np.ndarray, "question row"]) -> list[int | None]:
+    """Return the first row of each question where a condition holds; rows are all layers from 0."""
+    rows = hits.argmax(1)
+    found = np.take_along_axis(hits, rows[:, None], 1)[:, 0]
+    return [int(row) if there else None for row, there in zip(rows, found, strict=True)]
+
+
+def _value(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _whole(value: float) -> int | None:
+    return None if np.isnan(value) else int(value)

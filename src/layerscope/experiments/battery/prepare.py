@@ -16,6 +16,10 @@ from layerscope.experiments.layers.prepare import PreparedPass, prepare
 from layerscope.models import LanguageModel
 from layerscope.models.answers import align_answer
 
+VALUE_BYTES = 4
+WIDTHS_PER_TOKEN = 16  # of d_model: what a block holds of one token at its widest, inside the MLP
+HEAD_COPIES = 3  # of the head's logits: as computed, in float32, while they are ranked
+
 
 @dataclass(frozen=True)
 class Excluded:
@@ -68,20 +72,19 @@ def prepare_battery(model: LanguageModel, battery: Battery, config: BatteryConfi
     An item whose plain question cannot be asked is excluded with all its variants; a variant that
     cannot be asked is excluded alone.
     """
-    layers = config.layers()
     excluded = [_absent(key, reason) for key, reason in sorted(battery.absent)]
     kept: list[tuple[Question, PreparedPass]] = []
     controls: list[tuple[Question, PreparedPass]] = []
     lost: set[str] = set()
-    fronts: dict[tuple[str, int], str] = {}
     tried: Counter[tuple[str, str]] = Counter()
+    aligner = _Aligner(model, config.layers(), battery.wordings.neutral)
     for question in questions(battery, config.parts, seed=config.seed):
         item = question.item
         if question.variant in BASE:
             tried[item.relation, item.language] += 1
         if item.key in lost and question.part != CONTROL:
             continue
-        found = _prepare(model, question, layers, battery.wordings.neutral, fronts)
+        found = aligner.ask(question)
         if isinstance(found, PreparedPass):
             (controls if question.part == CONTROL else kept).append((question, found))
             continue
@@ -128,76 +131,75 @@ def _first(prepared: PreparedPass) -> int:
     return token
 
 
-def _prepare(
-    model: LanguageModel,
-    question: Question,
-    config: LayersConfig,
-    neutral: Sequence[str],
-    fronts: dict[tuple[str, int], str],
-) -> PreparedPass | tuple[str, str]:
-    """Return the question's tokens, or the stage and the reason of its exclusion."""
-    try:
-        if question.shift:
-            prepared = _shifted(model, question, config, neutral, fronts)
-            if prepared is None:
-                return "position", (
-                    f"no neutral text moves the end of this prompt by exactly {question.shift} "
-                    "tokens with this tokenizer"
-                )
-        else:
-            prepared = _plain(model, question, config)
-    except AlignmentError as error:
-        return "alignment", str(error)
-    except PromptError as error:
-        return "prompt", str(error)
-    if prepared.alignment.blank_first:
-        return "alignment", (
-            f"the answer {question.answer!r} begins with a token of white space alone, whose "
-            "probability says nothing of the answer"
-        )
-    if not question.item.invented and _first(prepared) in prepared.prompt_ids:
-        return "in_prompt", (
-            f"the first token of {question.answer!r} stands in the prompt, so that copying cannot "
-            "be told from knowing"
-        )
-    return prepared
+class _Aligner:
+    """Prepares questions one by one, in order: an item's plain question before its others."""
 
+    def __init__(self, model: LanguageModel, config: LayersConfig, neutral: Sequence[str]) -> None:
+        self.model, self.config, self.neutral = model, config, neutral
+        self.strings = model.token_strings()
+        self.plain: PreparedPass | None = None  # of the item at hand
+        self.fronts: dict[tuple[str, int], str] = {}  # what worked, by language and shift
 
-def _plain(model: LanguageModel, question: Question, config: LayersConfig) -> PreparedPass:
-    """Prepare a question; a foil that cannot be aligned is dropped, an answer raises."""
-    try:
-        (prepared,) = prepare(model, [question.asked(0)], config)
-    except AlignmentError:
-        if question.foil is None:
-            raise
-        (prepared,) = prepare(model, [replace(question, foil=None).asked(0)], config)
-    return prepared
-
-
-def _shifted(
-    model: LanguageModel,
-    question: Question,
-    config: LayersConfig,
-    neutral: Sequence[str],
-    fronts: dict[tuple[str, int], str],
-) -> PreparedPass | None:
-    """Put neutral text in front so that the prompt grows by exactly the shift, None if none does.
-
-    What worked for another prompt of the same language is tried first.
-    """
-    (plain,) = prepare(model, [question.asked(0)], config)
-    known = fronts.get((question.item.language, question.shift))
-    tries = ([known] if known is not None else []) + [unit * question.shift for unit in neutral]
-    for front in tries:
+    def ask(self, question: Question) -> PreparedPass | tuple[str, str]:
+        """Return the question's tokens, or the stage and the reason of its exclusion."""
         try:
-            (moved,) = prepare(model, [question.asked(0, front + question.text)], config)
-        except PromptError:
-            continue
-        same = moved.prompt_ids[question.shift :] == plain.prompt_ids
-        if moved.length - plain.length == question.shift and same:
-            fronts[question.item.language, question.shift] = front
-            return moved
-    return None
+            prepared = self._shifted(question) if question.shift else self._aligned(question)
+        except AlignmentError as error:
+            return "alignment", str(error)
+        except PromptError as error:
+            return "prompt", str(error)
+        if prepared is None:
+            return "position", (
+                f"no neutral text moves the end of this prompt by exactly {question.shift} "
+                "tokens with this tokenizer"
+            )
+        if question.variant in BASE:
+            self.plain = prepared
+        if prepared.alignment.blank_first:
+            return "alignment", (
+                f"the answer {question.answer!r} begins with a token of white space alone, whose "
+                "probability says nothing of the answer"
+            )
+        if not question.item.invented and _first(prepared) in prepared.prompt_ids:
+            return "in_prompt", (
+                f"the first token of {question.answer!r} stands in the prompt, so that copying "
+                "cannot be told from knowing"
+            )
+        return prepared
+
+    def _prepare(self, question: Question, front: str = "") -> PreparedPass:
+        asked = question.asked(0, front + question.text)
+        (prepared,) = prepare(self.model, [asked], self.config, strings=self.strings)
+        return prepared
+
+    def _aligned(self, question: Question) -> PreparedPass:
+        """Prepare a question; a foil that cannot be aligned is dropped, an answer raises."""
+        try:
+            return self._prepare(question)
+        except AlignmentError:
+            if question.foil is None:
+                raise
+            return self._prepare(replace(question, foil=None))
+
+    def _shifted(self, question: Question) -> PreparedPass | None:
+        """Put neutral text in front so that the prompt grows by exactly the shift, else None.
+
+        What worked for another prompt of the same language is tried first.
+        """
+        plain, shift = self.plain, question.shift
+        assert plain is not None and plain.source.fact_key == question.item.key
+        known = self.fronts.get((question.item.language, shift))
+        tries = ([known] if known is not None else []) + [unit * shift for unit in self.neutral]
+        for front in tries:
+            try:
+                moved = self._prepare(question, front)
+            except PromptError:
+                continue
+            same = moved.prompt_ids[shift:] == plain.prompt_ids
+            if moved.length - plain.length == shift and same:
+                self.fronts[question.item.language, shift] = front
+                return moved
+        return None
 
 
 def _control(
@@ -229,10 +231,24 @@ def _comparable(item: Item, control: Item) -> bool:
     )
 
 
-def batches(asked: Sequence[Asked], size: int) -> list[list[Asked]]:
-    """Cut questions into batches of similar length; the cut depends on their content alone."""
-    ordered = sorted(asked, key=lambda entry: (entry.prepared.length, entry.index))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def batches(
+    asked: Sequence[Asked], model: LanguageModel, config: BatteryConfig, *, n_lenses: int
+) -> list[list[Asked]]:
+    """Cut questions into batches of similar length that respect the memory for one batch.
+
+    The cut depends on the questions' content, the model and the configuration alone.
+    """
+    states = (model.n_layers + 1) * model.d_model * (2 + n_lenses)
+    fixed = VALUE_BYTES * (states + HEAD_COPIES * model.d_vocab)
+    per_token = VALUE_BYTES * WIDTHS_PER_TOKEN * model.d_model
+    groups: list[list[Asked]] = []
+    for entry in sorted(asked, key=lambda entry: (entry.prepared.length, entry.index)):
+        per_prompt = fixed + per_token * entry.prepared.length  # the longest so far
+        room = min(config.prompts_per_batch, max(1, config.batch_bytes // per_prompt))
+        if not groups or len(groups[-1]) >= room:
+            groups.append([])
+        groups[-1].append(entry)
+    return groups
 
 
 def content(asked: Sequence[Asked]) -> list[Any]:

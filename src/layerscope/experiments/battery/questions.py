@@ -30,17 +30,17 @@ class Question:
     answer: str
     foil: str | None = None
     shift: int = 0
-    joint: Literal["with_space", "no_space"] = "with_space"
+    joint: Literal["with_space", "no_space"] | None = None
 
-    def asked(self, index: int, text: str | None = None) -> Pass:
-        """Return the question as a pass of the layers experiment, with another text if given."""
+    def asked(self, index: int, text: str) -> Pass:
+        """Return the question, with this text, as a pass of the layers experiment."""
         return Pass(
             index=index,
             fact_key=self.item.key,
             fact_index=None,
             prompt_id="ctl" if self.part == CONTROL else "pos",
             variant=self.variant,
-            text=self.text if text is None else text,
+            text=text,
             answer=self.answer,
             foil=self.foil,
             joint=self.joint,
@@ -61,15 +61,29 @@ def questions(battery: Battery, parts: Sequence[str], *, seed: int) -> list[Ques
     return found
 
 
+Variant = tuple[str, str, str | None, str, int]  # part, name, text, answer, shift
+
+
 def _of_item(
     item: Item, battery: Battery, parts: Sequence[str], foil: str | None
 ) -> Iterator[Question]:
-    wordings = battery.wordings
-    joint = wordings.language(item.language)["joint"]
-
-    def ask(
-        part: str, variant: str, text: str | None, answer: str = item.answer, shift: int = 0
-    ) -> Iterator[Question]:
+    """Yield the questions of one item; a wording that its relation lacks is none."""
+    joint = battery.wordings.language(item.language)["joint"]
+    if item.prompts and joint == "with_space":
+        joint = None  # a prompt of the user's may end in white space, or in a quotation mark
+    plain = battery.wordings.text(item, "orig")
+    assert plain is not None
+    if item.invented:
+        told = battery.wordings.text(item, "novel")
+        text = None if told is None else told + plain
+        variants: list[Variant] = [("novelty", "novel", text, item.answer, 0)]
+    else:
+        variants = [("orig", "orig", plain, item.answer, 0)]
+        variants += _reworded(item, battery.wordings, parts)
+        variants += _displaced(item, plain, battery.wordings, parts)
+        if "roles" in parts:
+            variants += _turned(item, battery)
+    for part, variant, text, answer, shift in variants:
         if text is not None:
             yield Question(
                 item=item,
@@ -82,30 +96,36 @@ def _of_item(
                 joint=joint,
             )
 
-    plain = wordings.text(item, "orig")
-    assert plain is not None
-    if item.invented:
-        told = wordings.text(item, "novel")
-        yield from ask("novelty", "novel", None if told is None else told + plain)
-        return
-    yield from ask("orig", "orig", plain)
+
+def _reworded(item: Item, wordings: Wordings, parts: Sequence[str]) -> Iterator[Variant]:
+    """Yield what says it in other words, and its negation beside what it negates."""
     if "wording" in parts or "negation" in parts:
-        yield from ask("wording", "no_filler", wordings.text(item, "no_filler"))
+        yield "wording", "no_filler", wordings.text(item, "no_filler"), item.answer, 0
     if "negation" in parts:
-        yield from ask("negation", "negated", wordings.text(item, "negated"))
+        yield "negation", "negated", wordings.text(item, "negated"), item.answer, 0
     if "paraphrases" in parts:
         for variant in wordings.paraphrases(item):
-            yield from ask("paraphrases", variant, wordings.text(item, variant))
+            yield "paraphrases", variant, wordings.text(item, variant), item.answer, 0
+
+
+def _displaced(
+    item: Item, plain: str, wordings: Wordings, parts: Sequence[str]
+) -> Iterator[Variant]:
+    """Yield the plain question at other positions and with other punctuation."""
     if "position" in parts:
         for shift in SHIFTS:
-            yield from ask("position", f"shift_{shift}", plain, shift=shift)
+            yield "position", f"shift_{shift}", plain, item.answer, shift
     if "punctuation" in parts:
         for variant, text in _punctuated(plain, wordings, item.language):
-            yield from ask("punctuation", variant, text)
-    if "roles" in parts:
-        if (item.relation, item.language, item.answer) not in battery.shared:
-            yield from ask("roles", "reversed", wordings.text(item, "reversed"), item.subject)
-        yield from ask("roles", "wrong_role", wordings.text(item, "wrong_role"), item.subject)
+            yield "punctuation", variant, text, item.answer, 0
+
+
+def _turned(item: Item, battery: Battery) -> Iterator[Variant]:
+    """Yield the question the other way round, where it has one answer, and in the wrong role."""
+    text = battery.wordings.text
+    if (item.relation, item.language, item.answer) not in battery.shared:
+        yield "roles", "reversed", text(item, "reversed"), item.subject, 0
+    yield "roles", "wrong_role", text(item, "wrong_role"), item.subject, 0
 
 
 def _punctuated(text: str, wordings: Wordings, language: str) -> Iterator[tuple[str, str]]:

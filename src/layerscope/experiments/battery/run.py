@@ -115,7 +115,7 @@ def execute(
     watch = provenance.Stopwatch()
     ready = [entry.lens for entry in planned.found if entry.lens is not None]
     reader = LastReader(planned.model, ready, planned.config)
-    groups = batches(planned.prepared.asked, planned.config.prompts_per_batch)
+    groups = batches(planned.prepared.asked, planned.model, planned.config, n_lenses=len(ready))
     works = [_batch(planned, reader, group) for group in groups]
     works += [_control(planned, reader, control) for control in planned.prepared.controls]
     pieces = run_units(works, units=units, progress=progress)

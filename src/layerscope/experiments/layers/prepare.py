@@ -60,14 +60,22 @@ def chosen_format(model: LanguageModel, config: LayersConfig) -> Format:
 
 
 def prepare(
-    model: LanguageModel, passes: Sequence[Pass], config: LayersConfig
+    model: LanguageModel,
+    passes: Sequence[Pass],
+    config: LayersConfig,
+    *,
+    strings: Sequence[str] | None = None,
 ) -> list[PreparedPass]:
-    """Render and tokenise every prompt and align its answer; raises PromptError naming it."""
+    """Render and tokenise every prompt and align its answer; raises PromptError naming it.
+
+    `strings` are the model's token strings, for callers that prepare passes one by one.
+    """
     template = get_template(config.task, family=model.family)
+    strings = model.token_strings() if strings is None else strings
     found: list[PreparedPass] = []
     for source in passes:
         try:
-            found.append(_prepare_one(model, source, template, config))
+            found.append(_prepare_one(model, source, template, config, strings))
         except PromptError as error:
             name = source.fact_key or "the control"
             raise type(error)(f"prompt {name!r} ({source.variant}): {error}") from None
@@ -75,7 +83,11 @@ def prepare(
 
 
 def _prepare_one(
-    model: LanguageModel, source: Pass, template: TaskTemplate, config: LayersConfig
+    model: LanguageModel,
+    source: Pass,
+    template: TaskTemplate,
+    config: LayersConfig,
+    strings: Sequence[str],
 ) -> PreparedPass:
     format_ = chosen_format(model, config)
     prompt = template.prompt(source.text, format=format_, system=config.system)
@@ -94,7 +106,6 @@ def _prepare_one(
             f"{len(sequence)} tokens with its answer, but {model.name} reads at most "
             f"{model.n_ctx}; shorten the prompt"
         )
-    strings = model.token_strings()
     echo = tuple(dict.fromkeys(token for token in prompt_ids if not is_ignorable(strings[token])))
     return PreparedPass(
         source=source,
