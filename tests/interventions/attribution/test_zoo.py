@@ -61,7 +61,7 @@ def test_an_or_gate_hides_its_parts_from_single_patches() -> None:
         line.startswith("redundant: the strongest do -1 together") for line in report.warnings
     )
     # Denoising sees each part alone.
-    other = or_gate().contrast(direction="denoising")
+    other = or_gate().contrast(direction="denoise")
     assert effect(other, A) == effect(other, B) == pytest.approx(1.0)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from layerscope.errors import PromptError
+from layerscope.experiments.units import Progress
 from layerscope.interventions.attribution import Contrast
 from layerscope.interventions.attribution.contrast import Direction
 from layerscope.interventions.attribution.pairs import MetricName, TargetMetric, contrast_of
@@ -138,3 +139,14 @@ def _answered(model: LanguageModel, pairs: Sequence[TokenPair], per_pass: int) -
             else:
                 found[pair.pair.key] = not answers or int(row.argmax()) in answers
     return found
+
+
+def within(progress: Progress | None, *, done: int, total: int) -> Progress | None:
+    """Return what tells of one stage's progress as a part of the whole run's."""
+    if progress is None:
+        return None
+
+    def tell(now: int, _of_stage: int) -> None:
+        progress(done + now, total)
+
+    return tell

@@ -12,7 +12,7 @@ import torch
 
 from layerscope.experiments import provenance
 from layerscope.experiments.attribution.config import AttributionConfig
-from layerscope.experiments.attribution.prepare import Prepared, prepare
+from layerscope.experiments.attribution.prepare import Prepared, prepare, within
 from layerscope.experiments.attribution.summary import CURVE_SCHEMA, curves, summarise
 from layerscope.experiments.units import (
     Outcome,
@@ -120,9 +120,8 @@ def execute(
             Work(work_key(NAME, identity, name, at, content), partial(do, at), len(chunk))
             for at, chunk in enumerate(chunks)
         ]
-        done = number * len(planned.prepared.pairs)
-        total = stages * len(planned.prepared.pairs)
-        tell = None if progress is None else (lambda now, _all: progress(done + now, total))
+        size = len(planned.prepared.pairs)
+        tell = within(progress, done=number * size, total=stages * size)
         pieces = run_units(works, units=units, progress=tell)
         watch.lap(name)
         return pl.concat([piece.rows for piece in pieces]), pieces

@@ -10,6 +10,7 @@ import polars as pl
 
 from layerscope.errors import ConfigError
 from layerscope.experiments import provenance
+from layerscope.experiments.attribution.prepare import within
 from layerscope.experiments.units import (
     Outcome,
     Piece,
@@ -129,7 +130,7 @@ def execute(
     }
 
     def unit(name: str, do: Any, number: int, content: Any = None) -> Piece:
-        tell = None if progress is None else (lambda now, _all: progress(number + now, 2))
+        tell = within(progress, done=number, total=2)
         works = [Work(work_key(NAME, identity, name, content), do)]
         (piece,) = run_units(works, units=units, progress=tell)
         watch.lap(name)

@@ -170,14 +170,19 @@ class Contrast:
             gradients=True,
         )
         metric = self.metric_of(result)
-        values = [result[site] for site in sites]
-        with torch.enable_grad():
-            found = torch.autograd.grad(metric.sum(), values, allow_unused=True)
-        gradients = {
-            site: torch.zeros_like(value) if gradient is None else gradient
-            for site, value, gradient in zip(sites, values, found, strict=True)
+        values = {site: result[site] for site in sites}
+        live = {site: value for site, value in values.items() if value.requires_grad}
+        found: tuple[Tensor | None, ...] = ()
+        if live and metric.requires_grad:
+            with torch.enable_grad():
+                found = torch.autograd.grad(metric.sum(), [*live.values()], allow_unused=True)
+        known = {
+            site: gradient
+            for site, gradient in zip(live, found, strict=bool(found))
+            if gradient is not None
         }
-        kept = {site: value.detach() for site, value in zip(sites, values, strict=True)}
+        gradients = {site: torch.zeros_like(value) for site, value in values.items()} | known
+        kept = {site: value.detach() for site, value in values.items()}
         return Gradients(metric.detach(), kept, gradients)
 
 

@@ -275,7 +275,7 @@ class _Graph:
         metric = contrast.metric_of(self._run)
         wanted = [FIRST, self._last, *(site for site, _ in self._read), *shown]
         with torch.enable_grad():
-            found = torch.autograd.grad(
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 metric.sum(),
                 [self._run[site] for site in wanted],
                 retain_graph=True,
