@@ -172,13 +172,10 @@ class Contrast:
         metric = self.metric_of(result)
         values = {site: result[site] for site in sites}
         live = {site: value for site, value in values.items() if value.requires_grad}
-        found: tuple[Tensor | None, ...] = ()
-        if live and metric.requires_grad:
-            with torch.enable_grad():
-                found = torch.autograd.grad(metric.sum(), [*live.values()], allow_unused=True)
+        found = slopes(metric, list(live.values())) if metric.requires_grad else []
         known = {
             site: gradient
-            for site, gradient in zip(live, found, strict=bool(found))
+            for site, gradient in zip(live, found, strict=metric.requires_grad)
             if gradient is not None
         }
         gradients = {site: torch.zeros_like(value) for site, value in values.items()} | known
@@ -193,3 +190,18 @@ class Gradients:
     metric: Float[Tensor, " row"]
     values: dict[Site, Tensor]
     gradients: dict[Site, Tensor]
+
+
+def slopes(
+    metric: Float[Tensor, " row"], values: Sequence[Tensor], *, again: bool = False
+) -> list[Tensor | None]:
+    """Return the gradient of a metric at each value, None where it does not depend on it.
+
+    `again` keeps the graph for further gradients.
+    """
+    if not values:
+        return []
+    with torch.enable_grad():
+        return list(
+            torch.autograd.grad(metric.sum(), values, retain_graph=again, allow_unused=True)
+        )

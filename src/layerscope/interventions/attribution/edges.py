@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerscope.errors import ConfigError
-from layerscope.interventions.attribution.contrast import FIRST, Contrast
+from layerscope.interventions.attribution.contrast import FIRST, Contrast, slopes
 from layerscope.interventions.attribution.exact import ROWS, repeat
 from layerscope.interventions.attribution.quadrature import Rule, points
 from layerscope.interventions.stream import Writer, has_heads, writers, writings
@@ -274,13 +274,7 @@ class _Graph:
         )
         metric = contrast.metric_of(self._run)
         wanted = [FIRST, self._last, *(site for site, _ in self._read), *shown]
-        with torch.enable_grad():
-            found: tuple[Tensor | None, ...] = torch.autograd.grad(
-                metric.sum(),
-                [self._run[site] for site in wanted],
-                retain_graph=True,
-                allow_unused=True,
-            )
+        found = slopes(metric, [self._run[site] for site in wanted], again=True)
         self._found = {
             site: torch.zeros_like(self._run[site]) if gradient is None else gradient
             for site, gradient in zip(wanted, found, strict=True)
