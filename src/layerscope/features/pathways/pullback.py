@@ -64,7 +64,7 @@ class Pullback:
         with torch.enable_grad():
             below = self.state.residuals[block : block + 1, : self.n_positions]
             below = below.detach().clone().requires_grad_(True)
-            above = self._block(block, below)
+            above = self.block(block, below)
             if not above.requires_grad:
                 raise CapabilityError(
                     f"block {block} passes no gradient: the target does not depend on the source "
@@ -83,7 +83,10 @@ class Pullback:
         found = self.model.run(self.batch, start=start, stop_after=block, capture=site, logits=None)
         return found[site][0]
 
-    def _block(self, block: int, below: Tensor) -> Tensor:
+    def block(
+        self, block: int, below: Float[Tensor, "1 pos d_model"]
+    ) -> Float[Tensor, "1 pos d_model"]:
+        """Return the residual after a block from the one before it, as the variant has it."""
         site = f"resid_post.{block}"
         result = self.model.run(
             self.batch,
@@ -105,17 +108,17 @@ class Pullback:
             raise CapabilityError(f"variant '{self.variant}' freezes attention patterns: {why}")
         parallel = self.model.backend.why_not(Site("resid_mid", block)) is not None
         mlp_reads = "resid_pre" if parallel else "resid_mid"
-        values = self._values(block, [mlp_reads, "attn_in", "mlp_in", "attn.out", "attn_out"])
+        values = self._values(block, mlp_reads)
         first = self._norm(block, "resid_pre", "attn_in", values["resid_pre"], values["attn_in"])
         edits.append(Apply(f"attn_in.{block}", lambda _v, _c: _apply(first, below)))
-        edits.append(Apply(pattern, lambda v, _c: v.detach()))
+        edits.append(Apply(pattern, lambda _v, _c: values["pattern"]))
         factor = _ratio(values.get("attn.out"), values["attn_out"])
         if factor is not None:
             seen: dict[str, Tensor] = {}
             edits.append(Apply(f"attn.{block}.out", _remember(seen)))
             edits.append(Apply(f"attn_out.{block}", lambda _v, _c: seen["value"] * factor))
         if self.variant == "linear":
-            edits.append(Apply(f"mlp_out.{block}", lambda v, _c: v.detach()))
+            edits.append(Apply(f"mlp_out.{block}", lambda _v, _c: values["mlp_out"]))
             return edits
         second = self._norm(block, mlp_reads, "mlp_in", values[mlp_reads], values["mlp_in"])
         if parallel:
@@ -126,12 +129,11 @@ class Pullback:
             edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, middle["value"])))
         return edits
 
-    def _values(self, block: int, kinds: list[str]) -> dict[str, Tensor]:
+    def _values(self, block: int, mlp_reads: str) -> dict[str, Tensor]:
         """Return sites of one block at their clean values; those that do not exist are left out."""
-        names = {
-            kind: (f"attn.{block}.out" if kind == "attn.out" else f"{kind}.{block}")
-            for kind in dict.fromkeys(["resid_pre", *kinds])
-        }
+        inner = {"pattern": f"attn.{block}.pattern", "attn.out": f"attn.{block}.out"}
+        kinds = ("resid_pre", mlp_reads, "attn_in", "attn_out", "mlp_in", "mlp_out")
+        names = inner | {kind: f"{kind}.{block}" for kind in kinds}
         sites = {
             kind: Site.parse(name)
             for kind, name in names.items()
