@@ -50,6 +50,15 @@ def test_a_value_that_is_there_already_changes_no_bit() -> None:
         assert torch.equal(MODEL.run(batch_of(), edits=[edit]).logits, plain)
 
 
+def test_not_even_the_sign_of_a_zero_changes() -> None:
+    it = dictionary()
+    h = captured()
+    h[..., ::2] = -0.0
+    edit = scale_features(it, [4, 7], 1.0)
+    found = edit.transform(h.bfloat16(), object())  # type: ignore[arg-type]
+    assert torch.equal(found.bfloat16().view(torch.int16), h.bfloat16().view(torch.int16))
+
+
 def test_only_the_difference_is_written() -> None:
     it = dictionary()
     h = captured()

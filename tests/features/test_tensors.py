@@ -78,6 +78,15 @@ def test_a_header_bomb_is_not_read(tmp_path: Path) -> None:
         open_tensors(path)
 
 
+def test_a_file_larger_than_the_memory_is_opened_and_its_rows_read(tmp_path: Path) -> None:
+    path = craft(tmp_path / "x.safetensors", {"W_dec": entry(0, 2**42, [2**30, 2**10])})
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size + 2**42)  # sparse: 4 TiB that take no room
+    file = open_tensors(path)
+    assert file.entry("W_dec").nbytes == 2**42
+    assert torch.equal(file.view("W_dec")[[3, 2**30 - 1]], torch.zeros(2, 2**10))
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz_members_are_read_by_offset_or_whole(compressed: bool, tmp_path: Path) -> None:
     arrays = {
