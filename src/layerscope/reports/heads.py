@@ -41,7 +41,7 @@ def write_heads(outcome: Outcome, path: Path) -> Path:
     ]
     if summary["warnings"]:
         sections.insert(0, Section("Take care", [Text(summary["warnings"])]))
-    model = outcome.provenance["model"].get("name", "")
+    model = Path(str(outcome.provenance["model"]["id"])).name
     return write_page(
         path,
         title=f"Attention heads of {model}",

@@ -28,6 +28,7 @@ def test_the_embedded_model(model, tmp_path) -> None:
     assert summary["top"]["copying"][0]["head"] in ("2.0", "2.1")
     assert outcome.tables["ablation"].height == 2 + 10
     page = write_heads(outcome, tmp_path / "heads.html").read_text(encoding="utf-8")
+    assert "Attention heads of layerscope-demo" in page
     assert "Induction heads: 2.1, 2.0" in page or "Induction heads: 2.0, 2.1" in page
 
 
