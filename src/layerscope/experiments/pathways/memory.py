@@ -1,0 +1,97 @@
+"""Peak memory of a stage, and what a run is expected to take."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerscope.experiments import provenance
+from layerscope.experiments.pathways.targets import GROUP
+from layerscope.experiments.pathways.workspace import Workspace
+from layerscope.features.staging import plan_stages
+
+_BLOCK_TENSORS = 12  # of d_model width per token that a block's backward pass keeps
+_RUNTIME = 400e6  # the interpreter, torch and tables, without any weight
+
+
+def begin_stage(device: str | None) -> None:
+    """Begin a stage's own peak: earlier stages no longer count, where the system can tell."""
+    if _on_cuda(device):
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # only Linux has it, and not every container lets it be written
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: str | None) -> int | None:
+    """Return the peak since `begin_stage`, read before anything is reset.
+
+    On CUDA that of the device; else the resident set of this process.
+    """
+    if _on_cuda(device):
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":
+        with suppress(OSError, ValueError, IndexError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    return provenance.peak_memory_bytes()
+
+
+def plan(work: Workspace) -> dict[str, Any]:
+    """Return what a run needs, from configuration files and headers alone; nothing is computed."""
+    from transformers import AutoConfig
+
+    config = work.config
+    shape: Any = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    d_model, n_layers = int(shape.hidden_size), int(shape.num_hidden_layers)
+    staging = plan_stages(work.dictionaries)
+    width = 2 if config.dtype in ("bfloat16", "float16") else 4
+    block = 4 * d_model**2 + 3 * d_model * int(getattr(shape, "intermediate_size", 4 * d_model))
+    parameters = n_layers * block + 2 * int(shape.vocab_size) * d_model
+    tokens = _longest(work)
+    per_target = tokens * d_model * 4
+    group = config.batch_size or GROUP
+    n_layers_used = len(work.dictionaries.layers)
+    targets = config.top_n_per_layer * n_layers_used
+    prompts = _n_prompts(work)
+    flops = prompts * tokens * (2 * n_layers * block) * (1 + targets / 2)
+    swept = per_target * (2 * group + (n_layers + 1))
+    backward = per_target * _BLOCK_TENSORS * min(group, 32)
+    peak = _RUNTIME + parameters * width + staging.peak_bytes + swept + backward
+    return {
+        "staging": staging.line(),
+        "dictionary_bytes_read": staging.total_bytes * prompts * 2,
+        "dictionary_bytes_held": staging.peak_bytes,
+        "model_bytes": parameters * width,
+        "peak_bytes": int(peak),
+        "memory_limit_bytes": int(config.memory_limit_gb * 1e9),
+        "fits": peak < config.memory_limit_gb * 1e9,
+        "prompts": prompts,
+        "tokens_per_prompt": tokens,
+        "targets": targets,
+        "edges_at_most": targets * prompts * config.top_k_pathways,
+        "flops": flops,
+        "seconds_by_rate": {
+            f"{rate / 1e12:g} TFLOP/s": flops / rate for rate in (1e11, 1e13, 4e14)
+        },
+    }
+
+
+def _n_prompts(work: Workspace) -> int:
+    from layerscope.experiments.pathways.workspace import read_prompts
+
+    return len(read_prompts(work.prompts_path)[: work.config.n_prompts])
+
+
+def _longest(work: Workspace) -> int:
+    from layerscope.experiments.pathways.select import sample_prompts
+
+    return max(entry["n_tokens"] for entry in sample_prompts(work, work.config)["prompts"])
+
+
+def _on_cuda(device: str | None) -> bool:
+    return torch.cuda.is_available() and (device or "auto").startswith(("cuda", "auto"))

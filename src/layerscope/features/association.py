@@ -1,0 +1,360 @@
+"""Which tokens go with a feature: means, lift, PMI, and a test that knows where tokens come from.
+
+Tokens of one prompt are no independent draws, so labels are shuffled within prompts only. Every
+(feature, token) pair that could have been reported counts for the false discovery rate, reported or
+not. Log-odds with a Dirichlet prior follow Monroe, Colaresi and Quinn (2008, "Fightin' Words").
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+
+from layerscope.errors import ConfigError
+
+_STOP = 10  # permutations that reach the observed value, after which a pair is decided
+_CELLS = 1 << 24  # of the clusters x tokens table at a time
+
+SCHEMA: dict[str, Any] = {
+    "feature": pl.Int64(),
+    "token_id": pl.Int64(),
+    "n": pl.Int64(),
+    "n_active": pl.Int64(),
+    "mean": pl.Float64(),
+    "shrunk_mean": pl.Float64(),
+    "p_active": pl.Float64(),
+    "lift": pl.Float64(),
+    "pmi": pl.Float64(),
+    "logodds_z": pl.Float64(),
+    "z": pl.Float64(),
+    "p": pl.Float64(),
+    "permutations": pl.Int64(),
+    "q": pl.Float64(),
+    "p_hypergeometric": pl.Float64(),
+    "q_hypergeometric": pl.Float64(),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Active entries of some features over the tokens of a corpus.
+
+    Attributes:
+        tokens: id of every token. clusters: index of its prompt, from 0, ascending.
+        feature, place, value: of every active entry: which feature, at which token, how large.
+        n_features: how many features were looked at, silent ones included.
+    """
+
+    tokens: Int[np.ndarray, " token"]
+    clusters: Int[np.ndarray, " token"]
+    feature: Int[np.ndarray, " entry"]
+    place: Int[np.ndarray, " entry"]
+    value: Float[np.ndarray, " entry"]
+    n_features: int
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.clusters):
+            raise ConfigError("every token needs the index of its prompt")
+        if len(self.clusters) and (np.diff(self.clusters) < 0).any():
+            raise ConfigError("tokens must stand prompt by prompt, in ascending order")
+        if len(self.value) and float(self.value.min()) <= 0:
+            raise ConfigError("active entries have values above zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssociationOptions:
+    """What is reported and how it is tested.
+
+    Attributes:
+        min_count: occurrences that a token needs.
+        min_joint: occurrences with the feature active that a pair needs to be reported.
+        permutations: at most so many; fewer where every pair is decided earlier.
+        fdr: level at which pairs are decided.
+        prior: weight of the Dirichlet prior, in tokens.
+        seed: of the shuffles.
+    """
+
+    min_count: int = 10
+    min_joint: int = 5
+    permutations: int = 10_000
+    fdr: float = 0.05
+    prior: float = 100.0
+    seed: int = 0
+
+
+def associate(
+    found: Activations,
+    options: AssociationOptions | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> pl.DataFrame:
+    """Return one row per feature and token that occur together often enough (see `SCHEMA`).
+
+    ``mean`` is of all occurrences of the token, ``lift`` is P(active | token) / P(active), ``pmi``
+    its base-2 logarithm. ``z`` compares the rank sum of the token's activations with its exact mean
+    and variance under shuffles within prompts; ``p`` is that of the shuffles themselves, two-sided;
+    ``q`` is over all features times all tokens of `min_count`. The hypergeometric test ignores
+    prompts and stands beside it for comparison.
+
+    Args:
+        found: activations and tokens. options: thresholds. progress: of the permutations.
+    """
+    options = options or AssociationOptions()
+    n = len(found.tokens)
+    types, label = np.unique(found.tokens, return_inverse=True)
+    counts = np.bincount(label, minlength=len(types))
+    tested = found.n_features * int((counts >= options.min_count).sum())
+    if n == 0 or len(found.value) == 0 or tested == 0:
+        return pl.DataFrame(schema=SCHEMA)
+    excess = _excess_ranks(found, n)
+    key = found.feature * len(types) + label[found.place]
+    pairs, entry_pair = np.unique(key, return_inverse=True)
+    joint = np.bincount(entry_pair)
+    sums = np.bincount(entry_pair, found.value)
+    shrunk = _shrunken(found, pairs, sums, counts, n)
+    kept = (joint >= options.min_joint) & (counts[pairs % len(types)] >= options.min_count)
+    if not kept.any():
+        return pl.DataFrame(schema=SCHEMA)
+    observed = np.bincount(entry_pair, excess)[kept]
+    pairs, joint, sums, shrunk = pairs[kept], joint[kept], sums[kept], shrunk[kept]
+    feature, kind = pairs // len(types), pairs % len(types)
+    mean, sd = _null_moments(found, excess, label, feature, kind)
+    shuffles = _Shuffles(found, label, excess, pairs, len(types), options.seed)
+    p, tried = _permuted(shuffles, observed, mean, sd, tested, options, progress)
+    active = np.bincount(found.feature, minlength=found.n_features)[feature]
+    n_token = counts[kind]
+    share = joint / n_token
+    lift = share / (active / n)
+    exact = hypergeometric(joint, n, active, n_token)
+    return pl.DataFrame(
+        {
+            "feature": feature,
+            "token_id": types[kind],
+            "n": n_token,
+            "n_active": joint,
+            "mean": sums / n_token,
+            "shrunk_mean": shrunk,
+            "p_active": share,
+            "lift": lift,
+            "pmi": np.log2(lift),
+            "logodds_z": _log_odds(joint, n_token, active, n, options.prior),
+            "z": np.divide(observed - mean, sd, out=np.zeros_like(sd), where=sd > 0),
+            "p": p,
+            "permutations": tried,
+            "q": bh_of(p, tested),
+            "p_hypergeometric": exact,
+            "q_hypergeometric": bh_of(exact, tested),
+        },
+        schema=SCHEMA,
+    ).sort("feature", "p", "logodds_z", "token_id", descending=[False, False, True, False])
+
+
+def bh_of(p: Float[np.ndarray, " row"], tests: int) -> Float[np.ndarray, " row"]:
+    """Return q-values of the smallest p-values of `tests` tests, the others counted as p = 1."""
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * tests / np.arange(1, len(p) + 1)
+    q = np.empty_like(p)
+    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return q
+
+
+def hypergeometric(
+    joint: Int[np.ndarray, " row"],
+    n: int,
+    active: Int[np.ndarray, " row"],
+    n_token: Int[np.ndarray, " row"],
+) -> Float[np.ndarray, " row"]:
+    """Return P(X >= joint): active ones among `n_token` of n, where `active` of n are active."""
+    k = joint.astype(np.float64)
+    a, t = active.astype(np.float64), n_token.astype(np.float64)
+    log = _log_choose(a, k) + _log_choose(n - a, t - k) - _log_choose(np.full_like(a, n), t)
+    term = np.exp(log)
+    total = term.copy()
+    last = np.minimum(a, t)
+    while True:
+        # Each term from the one before it: C(a, k) C(n - a, t - k), k growing by one.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = (a - k) * (t - k) / ((k + 1) * (n - a - t + k + 1))
+        term = np.where(k < last, term * ratio, 0.0)
+        k = k + 1
+        total += term
+        if not (term > 1e-17 * np.maximum(total, 1e-300)).any():
+            return np.minimum(total, 1.0)
+
+
+def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
+    def log_factorial(x: np.ndarray) -> np.ndarray:
+        return torch.lgamma(torch.from_numpy(x + 1.0)).numpy()
+
+    return log_factorial(n) - log_factorial(k) - log_factorial(n - k)
+
+
+def _excess_ranks(found: Activations, n: int) -> Float[np.ndarray, " entry"]:
+    """Return by how much every active entry's rank exceeds that of silence, ties sharing theirs."""
+    excess = np.empty(len(found.value))
+    order = np.argsort(found.feature, kind="stable")
+    bounds = np.searchsorted(found.feature[order], np.arange(found.n_features + 1))
+    for first, last in itertools.pairwise(bounds):
+        part = order[first:last]
+        if not len(part):
+            continue
+        _, which, tied = np.unique(found.value[part], return_inverse=True, return_counts=True)
+        ends = np.cumsum(tied)
+        silent = n - len(part)
+        excess[part] = silent + (ends - (tied - 1) / 2)[which] - (silent + 1) / 2
+    return excess
+
+
+def _shrunken(
+    found: Activations, pairs: np.ndarray, sums: np.ndarray, counts: np.ndarray, n: int
+) -> Float[np.ndarray, " pair"]:
+    """Return means of a token drawn towards the feature's mean as the spread of means asks for.
+
+    Empirical Bayes with one variance within and one between tokens, by the method of moments.
+    """
+    feature, kind = pairs // len(counts), pairs % len(counts)
+    size = counts[kind].astype(np.float64)
+    width = found.n_features
+    mean = np.bincount(found.feature, found.value, minlength=width) / n
+    squares = np.bincount(found.feature, found.value**2, minlength=width)
+    explained = np.bincount(feature, sums**2 / size, minlength=width)
+    within = np.maximum(squares - explained, 0.0) / max(n - len(counts), 1)
+    spread = explained - n * mean**2 - (len(counts) - 1) * within
+    between = np.maximum(spread, 0.0) / max(n - float((counts**2.0).sum()) / n, 1e-12)
+    noise = within[feature] / size
+    total = between[feature] + noise
+    weight = np.divide(between[feature], total, out=np.ones_like(total), where=total > 0)
+    return mean[feature] + weight * (sums / size - mean[feature])
+
+
+def _log_odds(
+    joint: np.ndarray, n_token: np.ndarray, active: np.ndarray, n: int, prior: float
+) -> Float[np.ndarray, " row"]:
+    own = prior * n_token / n
+    here, there = joint + own, n_token - joint + own
+    rest_here, rest_there = active + prior - here, n - active + prior - there
+    delta = np.log(here / rest_here) - np.log(there / rest_there)
+    return delta / np.sqrt(1 / here + 1 / there)
+
+
+def _null_moments(
+    found: Activations,
+    excess: np.ndarray,
+    label: np.ndarray,
+    feature: np.ndarray,
+    kind: np.ndarray,
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return mean and standard deviation of every pair's sum under shuffles within clusters.
+
+    Labels of a cluster are drawn without replacement, so both are exact.
+    """
+    n_clusters = int(found.clusters[-1]) + 1
+    size = np.bincount(found.clusters, minlength=n_clusters).astype(np.float64)
+    cell = found.feature * n_clusters + found.clusters[found.place]
+    shape = (found.n_features, n_clusters)
+    cells = found.n_features * n_clusters
+    held = np.maximum(size, 1)
+    mean = np.bincount(cell, excess, minlength=cells).reshape(shape) / held
+    variance = np.bincount(cell, excess**2, minlength=cells).reshape(shape) / held - mean**2
+    means, variances = np.zeros(len(kind)), np.zeros(len(kind))
+    wanted = np.unique(kind)
+    step = max(1, _CELLS // n_clusters)
+    for first in range(0, len(wanted), step):
+        chosen = wanted[first : first + step]
+        column = np.full(int(label.max()) + 1, -1)
+        column[chosen] = np.arange(len(chosen))
+        inside = column[label] >= 0
+        place = found.clusters[inside] * len(chosen) + column[label[inside]]
+        times = np.bincount(place, minlength=n_clusters * len(chosen)).reshape(n_clusters, -1)
+        times = times.astype(np.float64)
+        free = times * (size[:, None] - times) / np.maximum(size[:, None] - 1, 1)
+        rows = np.flatnonzero(column[kind] >= 0)
+        means[rows] = (mean @ times)[feature[rows], column[kind[rows]]]
+        variances[rows] = (variance @ free)[feature[rows], column[kind[rows]]]
+    return means, np.sqrt(np.maximum(variances, 0.0))
+
+
+class _Shuffles:
+    """Sums of every pair under shuffles of labels within clusters, drawn one after another."""
+
+    def __init__(
+        self,
+        found: Activations,
+        label: np.ndarray,
+        excess: np.ndarray,
+        pairs: np.ndarray,
+        n_types: int,
+        seed: int,
+    ) -> None:
+        self._clusters = found.clusters.astype(np.float64)
+        self._label = label
+        self._found = found
+        self._excess = excess
+        self._pairs = pairs
+        self._n_types = n_types
+        self._generator = np.random.default_rng(seed)
+
+    def draw(self, count: int, rows: np.ndarray) -> Iterator[Float[np.ndarray, " row"]]:
+        """Yield sums of the pairs `rows` under the next `count` shuffles."""
+        pairs = self._pairs[rows]
+        used = np.isin(self._found.feature, np.unique(pairs // self._n_types))
+        feature = self._found.feature[used] * self._n_types
+        place, excess = self._found.place[used], self._excess[used]
+        for _ in range(count):
+            keys = self._clusters + self._generator.random(len(self._clusters))
+            shuffled = self._label[np.argsort(keys, kind="stable")]
+            key = feature + shuffled[place]
+            at = np.searchsorted(pairs, key)
+            at[at == len(pairs)] = 0
+            hit = pairs[at] == key
+            yield np.bincount(at[hit], excess[hit], minlength=len(pairs))
+
+
+def _permuted(
+    shuffles: _Shuffles,
+    observed: np.ndarray,
+    mean: np.ndarray,
+    sd: np.ndarray,
+    tested: int,
+    options: AssociationOptions,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Float[np.ndarray, " row"], Int[np.ndarray, " row"]]:
+    """Return p and how many shuffles it rests on.
+
+    A pair is decided once `_STOP` shuffles reached it (Besag and Clifford, 1991); all are once
+    those that no shuffle reaches are clearly within the false discovery rate.
+    """
+    reached = np.zeros(len(observed), dtype=np.int64)
+    tried = np.zeros(len(observed), dtype=np.int64)
+    distance = np.abs(observed - mean)
+    slack = 1e-9 * np.maximum(np.abs(observed), 1.0)
+    running = np.flatnonzero(sd > 0)
+    done = 0
+    for block in _blocks(options.permutations):
+        for sums in shuffles.draw(block, running):
+            reached[running] += np.abs(sums - mean[running]) >= (distance - slack)[running]
+        tried[running] += block
+        done += block
+        if progress is not None:
+            progress(done, options.permutations)
+        p = (1 + reached) / (1 + tried)
+        running = np.flatnonzero((sd > 0) & (reached < _STOP))
+        if not len(running) or float(bh_of(p, tested)[running].max()) <= options.fdr / 2:
+            break
+    return (1 + reached) / (1 + tried), tried
+
+
+def _blocks(total: int) -> Iterator[int]:
+    """Cut permutations into blocks that grow with what was done."""
+    done = 0
+    while done < total:
+        block = min(max(199, done), total - done)
+        yield block
+        done += block
