@@ -21,6 +21,7 @@ COMMANDS = (
     "demo",
     "layers",
     "battery",
+    "follow_up",
     "patch",
     "trace",
     "attribute",
@@ -32,7 +33,10 @@ COMMANDS = (
     "generate",
     "fit",
     "features",
+    "pathways",
+    "causal_features",
     "measures",
+    "compare",
     "runs",
 )
 
