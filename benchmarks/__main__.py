@@ -14,7 +14,17 @@ import os
 
 from benchmarks.peers.environments import PEERS, install
 
-BENCHMARKS = ("readout", "capture", "lens", "layers", "load", "hooks", "generate")
+BENCHMARKS = (
+    "readout",
+    "capture",
+    "lens",
+    "layers",
+    "load",
+    "hooks",
+    "generate",
+    "fit",
+    "pathways",
+)
 
 
 def main() -> None:

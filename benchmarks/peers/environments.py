@@ -20,6 +20,7 @@ PEERS = (
     "transformer-lens",
     "nnterp",
     "tuned-lens",
+    "tuned-lens-trainer",
     "nnsight",
     "interp-engine",
     "pyvene",

@@ -90,9 +90,23 @@ def plan_stages(
 def stages(dictionaries: DictionarySet, plan: StagingPlan) -> Iterator[SparseDictionary]:
     """Yield the dictionary of every layer with its matrices in memory; earlier ones are released.
 
+    What the caller had loaded before stays loaded.
+
     Raises:
         DictionaryError: a file turns out to be damaged, when its layer is reached.
     """
+    kept = {
+        id(matrix)
+        for layer in plan.layers
+        for matrix in _needed(dictionaries[layer], plan.encoder, plan.decoder)
+        if matrix.resident
+    }
+
+    def release(dictionary: SparseDictionary) -> None:
+        for matrix in _needed(dictionary, True, True):
+            if id(matrix) not in kept:
+                matrix.release()
+
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead: Future[None] | None = None
         held: list[SparseDictionary] = []
@@ -110,13 +124,13 @@ def stages(dictionaries: DictionarySet, plan: StagingPlan) -> Iterator[SparseDic
                     ahead = reader.submit(_load, held[-1], plan)
                 yield dictionary
                 if not following or following[0] != layer:
-                    dictionary.release()
+                    release(dictionary)
         finally:
             # Left early, by break or by an error: nothing stays behind.
             if ahead is not None:
                 ahead.exception()
             for dictionary in held:
-                dictionary.release()
+                release(dictionary)
 
 
 def _load(dictionary: SparseDictionary, plan: StagingPlan) -> None:

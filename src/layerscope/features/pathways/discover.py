@@ -222,6 +222,9 @@ class _Best:
             attributions,
         )
         found = torch.cat([self._kept, torch.stack(columns, dim=1)[allowed]])
+        if len(found) > self._options.top_k:  # sort only what can stay, ties included
+            least = found[:, 0].topk(self._options.top_k).values[-1]
+            found = found[found[:, 0] >= least]
         # Ties by layer, feature, position, so that the result is one and the same everywhere.
         for column in (3, 2, 1):
             found = found[torch.argsort(found[:, column], stable=True)]

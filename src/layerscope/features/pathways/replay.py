@@ -13,6 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import polars as pl
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from layerscope.errors import ConfigError
 from layerscope.features.pathways.state import ActiveFeatures, PromptState, TargetState
 from layerscope.models import Start, TokenBatch
+from layerscope.models.backends.base import Cache
 
 DOSES = (0.75, 0.5, 0.0, 2.0)
 EDGE = ("source_layer", "source_id", "source_position", "target_layer", "target_id")
@@ -153,13 +155,12 @@ def _cells(state: PromptState, edges: pl.DataFrame, options: ReplayOptions) -> I
         entry = _entry(layer, key)
         direction = layer.directions[layer.which[entry]]
         value = float(layer.values[entry])
-        shared = {"key": key, "row": layer.row, "position": key[2], "targets": tuple(targets)}
+        cell = partial(Cell, key=key, row=layer.row, position=key[2], targets=tuple(targets))
         for dose in options.doses:
-            change = (dose - 1.0) * value * direction
-            yield Cell(kind="dose", dose=dose, change=change, **shared)
+            yield cell(kind="dose", dose=dose, change=(dose - 1.0) * value * direction)
         size = float(value * direction.norm())
         for kind, unit in _null_directions(state, layer, key, options):
-            yield Cell(kind=kind, dose=0.0, change=size * unit, **shared)
+            yield cell(kind=kind, dose=0.0, change=size * unit)
 
 
 def _null_directions(
@@ -258,7 +259,7 @@ def _block(
     rows: Float[Tensor, "row pos d_model"],
     column: int,
     end: int,
-    past: object,
+    past: Cache | None,
 ) -> Float[Tensor, "row pos d_model"]:
     n = rows.shape[0]
     ids = state.batch.ids[:, column:end].expand(n, -1).contiguous()
@@ -270,7 +271,7 @@ def _block(
         stop_after=block,
         capture=site,
         logits=None,
-        cache=None if past is None else past.select([0] * n),  # type: ignore[attr-defined]
+        cache=None if past is None else past.select([0] * n),
     )
     return result[site]
 

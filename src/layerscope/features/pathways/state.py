@@ -179,7 +179,8 @@ class PromptState:
         layers: dict[int, ActiveFeatures] = {}
         found: dict[int, TargetState] = {}
         needed = dictionaries.layers if sources else tuple(sorted(wanted))
-        plan = plan_stages(dictionaries, needed) if needed else None
+        # Of decoders only the rows of active features are read.
+        plan = plan_stages(dictionaries, needed, decoder=False) if needed else None
         for dictionary in stages(dictionaries, plan) if plan is not None else ():
             row = residual_row(dictionary)
             active = active_features(dictionary, residuals[row], keep_reads=keep_reads)
