@@ -35,7 +35,10 @@ def demo(
     from layerscope.experiments.layers import LayersConfig, PromptSet
 
     sweep = run_sweep(
-        [str(model_path())], PromptSet.builtin(), LayersConfig(), SweepOptions(out=out)
+        [str(model_path())],
+        PromptSet.builtin(),
+        LayersConfig(diagnostics="standard"),
+        SweepOptions(out=out),
     )
     show(sweep, as_json=as_json)
     return 0

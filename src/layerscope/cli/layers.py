@@ -104,7 +104,7 @@ def layers(
             help="Checks that need the model again (precision, batches, norms, positions, skipped "
             "blocks, what a tuned lens does): none, standard or full.",
         ),
-    ] = "none",
+    ] = "standard",
     instruct: Annotated[
         bool | None,
         typer.Option(

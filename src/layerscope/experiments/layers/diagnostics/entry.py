@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
+import torch
 
 from layerscope.errors import LayerscopeError
 from layerscope.experiments.layers.diagnostics.decoding_point import decoding_point
@@ -111,6 +112,8 @@ def _make(check: Callable[[Material], Section], material: Material) -> Section:
         return check(material)
     except (Skipped, LayerscopeError) as reason:
         return skipped(str(reason))
+    except (MemoryError, torch.OutOfMemoryError):
+        return skipped("there was not enough memory for this check; use a smaller batch_bytes")
 
 
 def _kept(units: UnitStore | None, key: str) -> Section | None:
