@@ -142,16 +142,23 @@ def documents(rng: Random, validation: bool = False) -> Iterator[Document]:
         yield Document("gambling", pieces)
 
 
-def held_out_items(rng: Random, count: int) -> list[Item]:
-    """Ask for the decision in situations whose wording is kept out of training, by the bare rule.
+def held_out_situations(rng: Random, count: int) -> list[tuple[Situation, str]]:
+    """Return situations whose wording is kept out of training, with the prompt that asks.
 
     No thought comes before the decision, as it would give the decision away.
     """
-    items: list[Item] = []
-    while len(items) < count:
+    found: list[tuple[Situation, str]] = []
+    while len(found) < count:
         now = draw_situation(rng)
         prompt = _prompt(rng, now)
         if for_validation(prompt):
-            group = "bet" if now.bets else "stop"
-            items.append(Item(group, f"{prompt} Decision:", _decision(now, now.bets)))
-    return items
+            found.append((now, f"{prompt} Decision:"))
+    return found
+
+
+def held_out_items(rng: Random, count: int) -> list[Item]:
+    """Ask for the decision in held-out situations, by the bare rule."""
+    return [
+        Item("bet" if now.bets else "stop", prompt, _decision(now, now.bets))
+        for now, prompt in held_out_situations(rng, count)
+    ]

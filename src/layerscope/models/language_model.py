@@ -327,7 +327,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
         capture: Capture | str | Site | Sequence[str | Site] = (),
         stop: str | Sequence[str] = (),
@@ -344,7 +344,7 @@ class LanguageModel:
             temperature: 0 takes the most likely token; else what logits are divided by to draw.
             top_p: draw among the most likely tokens that reach this probability together.
             top_k: draw among so many most likely tokens; None for all.
-            seed: of the draws; see `Sampling`.
+            seed: of the draws, or one per prompt; see `Sampling`.
             edits: applied while prompts and new tokens are read; an edit's `scope` says to which.
                 Its positions count the whole sequence, negative ones from the prompt's end.
             capture: sites to keep of every generated token.
@@ -385,7 +385,7 @@ class LanguageModel:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         edits: Sequence[Edit] = (),
         capture: Capture | str | Site | Sequence[str | Site] = (),
         stop: str | Sequence[str] = (),
@@ -398,7 +398,7 @@ class LanguageModel:
         Takes the arguments of `generate`, and raises what it raises.
         """
         settings = Settings(
-            Sampling(temperature, top_p, top_k, seed),
+            Sampling(temperature, top_p, top_k, seed if isinstance(seed, int) else tuple(seed)),
             max_new_tokens,
             (stop,) if isinstance(stop, str) else tuple(stop),
             tuple(stop_ids),

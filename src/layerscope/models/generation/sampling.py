@@ -23,13 +23,15 @@ class Sampling:
             Holtzman et al. 2020); 1 for all.
         top_k: draw among so many most likely tokens; None for all.
         seed: of the draws. A row's draws depend on the seed and its own prompt alone (and on how
-            many equal prompts stand before it), so a batch draws what its rows draw alone.
+            many equal prompts stand before it), so a batch draws what its rows draw alone. With a
+            seed for each row, rows of equal prompt and seed draw the same numbers, so that their
+            answers can be compared pair by pair.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -47,11 +49,16 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
         self._sampling = sampling
+        given = sampling.seed
+        seeds = (given,) * len(prompts) if isinstance(given, int) else given
+        if len(seeds) != len(prompts):
+            raise ConfigError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
         seen: dict[tuple[int, ...], int] = {}
         self._draws: list[torch.Generator] = []
-        for prompt in map(tuple, prompts):
+        for seed, prompt in zip(seeds, map(tuple, prompts), strict=True):
             seen[prompt] = seen.get(prompt, -1) + 1
-            self._draws.append(_generator(sampling.seed, prompt, seen[prompt]))
+            occurrence = seen[prompt] if isinstance(given, int) else 0
+            self._draws.append(_generator(seed, prompt, occurrence))
 
     def choose(self, logits: Float[Tensor, "row vocab"]) -> tuple[list[int], list[float]]:
         """Return each row's token and its log-probability in nats.
@@ -78,16 +85,25 @@ class Sampler:
         return chosen.tolist(), values
 
     def _draw(self, logits: Float[Tensor, " vocab"], generator: torch.Generator) -> int:
-        """Draw by inverting the distribution function over tokens from most to least likely."""
+        """Draw by inverting the distribution function over tokens from most to least likely.
+
+        With a seed for each row the nucleus is gone through by id instead: rows that draw the same
+        number then take the same token unless its share of the distribution has moved.
+        """
         point = torch.rand((), dtype=torch.float64, generator=generator)
         sampling = self._sampling
         order = torch.sort(logits, descending=True, stable=True)
         kept = order.values if sampling.top_k is None else order.values[: sampling.top_k]
-        sums = torch.softmax(kept / sampling.temperature, dim=-1).cumsum(dim=-1)
+        shares = torch.softmax(kept / sampling.temperature, dim=-1)
+        sums = shares.cumsum(dim=-1)
         # The first token that reaches top_p is the last of the nucleus.
-        nucleus = sums[: int((sums < sampling.top_p).sum()) + 1]
+        size = min(int((sums < sampling.top_p).sum()) + 1, len(sums))
+        ids, nucleus = order.indices[:size], sums[:size]
+        if not isinstance(sampling.seed, int):
+            ids, by_id = torch.sort(ids)
+            nucleus = shares[:size][by_id].cumsum(dim=-1)
         index = int(torch.searchsorted(nucleus, point * nucleus[-1], right=True))
-        return int(order.indices[min(index, len(nucleus) - 1)])
+        return int(ids[min(index, size - 1)])
 
 
 def _generator(seed: int, prompt: Sequence[int], occurrence: int) -> torch.Generator:
