@@ -264,7 +264,11 @@ def _check_ids(
     findings: Findings,
 ) -> None:
     for record in records:
-        where = {"file": record.file, "record": record.index, "feature": record.feature}
+        where: dict[str, Any] = {
+            "file": record.file,
+            "record": record.index,
+            "feature": record.feature,
+        }
         size = universe.sizes.get(record.layer)
         if size is None:
             findings.error("layer_out_of_range", "a feature's layer has no dictionary", **where)

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from xml.sax.saxutils import escape, quoteattr
 
 import polars as pl
@@ -20,6 +20,7 @@ SUPPORTED = ("confirmed", "nonlinear")
 _ROUNDS = 50
 
 Node = tuple[int, int]
+N = TypeVar("N", bound=tuple[int, ...])
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,17 @@ def build(pathways: pl.DataFrame, features: Mapping[Node, Mapping[str, Any]]) ->
     return Graph(nodes, edges)
 
 
-def influences(
-    nodes: Sequence[Node], links: Sequence[tuple[Node, Node, float]]
-) -> dict[Node, float]:
-    """Return how much of the final targets every node accounts for, along all paths."""
-    incoming: dict[Node, float] = defaultdict(float)
-    outgoing: dict[Node, list[tuple[Node, float]]] = defaultdict(list)
+def influences(nodes: Sequence[N], links: Sequence[tuple[N, N, float]]) -> dict[N, float]:
+    """Return how much of the final targets every node accounts for, along all paths.
+
+    Nodes are tuples that begin with their layer.
+    """
+    incoming: dict[N, float] = defaultdict(float)
+    outgoing: dict[N, list[tuple[N, float]]] = defaultdict(list)
     for source, target, weight in links:
         incoming[target] += abs(weight)
         outgoing[source].append((target, abs(weight)))
-    found: dict[Node, float] = {}
+    found: dict[N, float] = {}
     for node in sorted(nodes, reverse=True):  # layers descend: targets come before their sources
         if node not in outgoing:
             found[node] = 1.0 if node in incoming else 0.0

@@ -60,12 +60,11 @@ def read_record(work: Workspace, stage: str) -> StageRecord | None:
     """Return the record of a stage, or None where it was not done or the record is damaged."""
     path = work.path(f"{MANIFEST}/{stage}.json")
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return StageRecord(
-            **{**content, "notes": tuple(content["notes"])}
-            if content.pop("schema_version") == SCHEMA_VERSION
-            else {}
-        )
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("schema_version") != SCHEMA_VERSION:
+            return None
+        content["notes"] = tuple(content["notes"])
+        return StageRecord(**content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
