@@ -45,3 +45,26 @@ def llama_12x768() -> Path:
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+def gpt2_12x768() -> Path:
+    """GPT-2 small's shape (12 layers, d_model 768, vocabulary 50,257) with random weights."""
+    folder = MODELS / "gpt2-12x768"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(GPT2Config()).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ln_" in name or name.endswith("bias"):
+                parameter.add_(0.15 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(50_257)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w50256").save_pretrained(folder)
+    return folder

@@ -85,8 +85,12 @@ def tokenize(
     if batch is not None:
         if prepend_bos:
             raise PromptError("prepend_bos=True cannot change a batch: build it with its BOS")
-        rows = [batch.row_ids(row) for row in range(len(batch))]
-        _check_rows(rows, [None] * len(rows), max_length, size)
+        # All at once where nothing is wrong; row by row to say what is.
+        low, high = batch.ids.aminmax()
+        fits = max_length is None or max(batch.lengths) <= max_length
+        if not (fits and int(low) >= 0 and int(high) < size and min(batch.lengths) > 0):
+            rows = [batch.row_ids(row) for row in range(len(batch))]
+            _check_rows(rows, [None] * len(rows), max_length, size)
         return batch
     items = _as_prompts(cast(Any, prompts), tokenizer)
     bos = _bos_id(tokenizer, required=prepend_bos is True)

@@ -77,7 +77,7 @@ def cautions(cells: pl.DataFrame, metric: str) -> list[str]:
     if metric == "rank" and bool((ends == 1).any()):
         found.append("rank saturates at 1: growing or shrinking leads do not show; add logit_diff")
     single = cells.filter(pl.col("place") != "all")
-    if single.height and float(single["recovery"].abs().max() or 0.0) < WEAK:
+    if single.height and not bool((single["recovery"].abs() >= WEAK).any()):
         found.append(
             "no single cell matters: redundant parts (either suffices) and backups hide one "
             "another when patched one at a time; patch several together"

@@ -161,7 +161,7 @@ def read_facts(path: str | Path, *, limit: int | None = None) -> list[Fact]:
         PromptError: the file cannot be read, or an entry lacks something; says which.
     """
     path = Path(path)
-    content = load_file(path)
+    content: Any = load_file(path)
     if isinstance(content, dict) and "samples" in content:
         template = str(content["prompt_templates"][0])
         content = [
@@ -178,7 +178,8 @@ def read_facts(path: str | Path, *, limit: int | None = None) -> list[Fact]:
     if not isinstance(content, list) or not content:
         raise PromptError(f"{path}: give a list of facts, each with prompt, subject and answer")
     facts: list[Fact] = []
-    for number, row in enumerate(content if limit is None else content[:limit], start=1):
+    rows: list[Any] = content
+    for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
         if not isinstance(row, Mapping):
             raise PromptError(f"{path}, entry {number}: give prompt, subject and answer")
         answer = row.get("answer") or row.get("attribute")

@@ -80,10 +80,11 @@ class KeyValueCache:
                         _of_rows(layer.values, rows),
                     )
         else:
-            given.layers = [
+            passing: list[Any] = [
                 copy.copy(layer) if layer.keys is None else _Passing(layer, rows)
                 for layer in _layers(self._native)
             ]
+            given.layers = passing
         return given
 
     def select(self, rows: Sequence[int]) -> KeyValueCache:
