@@ -8,6 +8,11 @@ edges, doses = judge(state, edges, replay(state, edges))       # every edge carr
 from __future__ import annotations
 
 from layerscope.features.pathways.discover import DiscoverOptions, discover
+from layerscope.features.pathways.graph import (
+    AttributionGraph,
+    GraphOptions,
+    attribution_graph,
+)
 from layerscope.features.pathways.pullback import Pullback, Variant
 from layerscope.features.pathways.replay import DOSES, Measured, ReplayOptions, replay
 from layerscope.features.pathways.state import (
@@ -23,7 +28,9 @@ __all__ = [
     "DOSES",
     "VERDICTS",
     "ActiveFeatures",
+    "AttributionGraph",
     "DiscoverOptions",
+    "GraphOptions",
     "Measured",
     "PromptState",
     "Pullback",
@@ -33,6 +40,7 @@ __all__ = [
     "Variant",
     "active_features",
     "agreement",
+    "attribution_graph",
     "discover",
     "judge",
     "replay",

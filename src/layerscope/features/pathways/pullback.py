@@ -83,6 +83,17 @@ class Pullback:
         found = self.model.run(self.batch, start=start, stop_after=block, capture=site, logits=None)
         return found[site][0]
 
+    def mlp_norm(self, block: int) -> FrozenNorm:
+        """Return the norm that a block's MLP reads through, held at its scales on this prompt.
+
+        Raises:
+            CapabilityError: it is neither a LayerNorm nor an RMSNorm.
+        """
+        parallel = self.model.backend.why_not(Site("resid_mid", block)) is not None
+        reads = "resid_pre" if parallel else "resid_mid"
+        values = self._values(block, reads)
+        return self._norm(block, reads, "mlp_in", values[reads], values["mlp_in"])
+
     def block(
         self, block: int, below: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, "1 pos d_model"]:
