@@ -8,11 +8,8 @@ edges, doses = judge(state, edges, replay(state, edges))       # every edge carr
 from __future__ import annotations
 
 from layerscope.features.pathways.discover import DiscoverOptions, discover
-from layerscope.features.pathways.graph import (
-    AttributionGraph,
-    GraphOptions,
-    attribution_graph,
-)
+from layerscope.features.pathways.graph import AttributionGraph, attribution_graph
+from layerscope.features.pathways.pruning import GraphOptions
 from layerscope.features.pathways.pullback import Pullback, Variant
 from layerscope.features.pathways.replay import DOSES, Measured, ReplayOptions, replay
 from layerscope.features.pathways.state import (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -20,50 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerscope.errors import ConfigError, DictionaryError, PromptError
+from layerscope.errors import DictionaryError, PromptError
 from layerscope.features.library import DictionarySet
+from layerscope.features.pathways.pruning import GraphOptions, Node, prune, tables
 from layerscope.features.pathways.pullback import Pullback
 from layerscope.features.pathways.state import PromptState
 from layerscope.features.spaces import FeatureSpace
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import LanguageModel, Site, TokenBatch
 from layerscope.models.prompts import PromptsLike
-
-_NODES = {
-    "node": pl.Int64,
-    "kind": pl.String,
-    "layer": pl.Int64,
-    "feature_id": pl.Int64,
-    "position": pl.Int64,
-    "token": pl.String,
-    "activation": pl.Float64,
-    "influence": pl.Float64,
-    "residual": pl.Float64,
-}
-_EDGES = {"source": pl.Int64, "target": pl.Int64, "weight": pl.Float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphOptions:
-    """How large a graph is.
-
-    Attributes:
-        max_features: feature nodes that are expanded.
-        logits: most likely next tokens that are explained, at most; fewer where they reach
-            `logit_mass` together.
-        node_share, edge_share: share of all influence that the nodes (edges) kept account for.
-    """
-
-    max_features: int = 256
-    logits: int = 5
-    logit_mass: float = 0.95
-    node_share: float = 0.8
-    edge_share: float = 0.98
-
-    def __post_init__(self) -> None:
-        shares = (self.logit_mass, self.node_share, self.edge_share)
-        if self.max_features < 1 or self.logits < 1 or not all(0 < share <= 1 for share in shares):
-            raise ConfigError("max_features and logits must be positive, shares in 0 to 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,26 +46,6 @@ class AttributionGraph:
     nodes: pl.DataFrame
     edges: pl.DataFrame
     summary: dict[str, Any]
-
-
-@dataclass(eq=False)
-class _Node:
-    """A node whose sources are wanted."""
-
-    kind: str
-    layer: int
-    feature: int
-    position: int
-    token: str
-    value: float  # what its sources add up to
-    activation: float
-    influence: float
-    constant: float  # known before the sweep: biases of reading
-    cotangent: Float[Tensor, " d_model"]
-    sums: float = 0.0
-    largest: float = 0.0
-    inbound: float = 0.0  # sum of absolute attributions
-    edges: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +181,7 @@ class _Builder:
             dictionary.release()
         return found
 
-    def _logits(self) -> list[_Node]:
+    def _logits(self) -> list[Node]:
         """The most likely next tokens, each held against the mean over the vocabulary."""
         head = self.model.unembedding
         probs, ids = self.probabilities.topk(min(self.options.logits, self.model.d_vocab))
@@ -251,11 +196,11 @@ class _Builder:
         )
         weight = head.weight.detach()
         mean = weight.double().mean(0)
-        nodes: list[_Node] = []
+        nodes: list[Node] = []
         for token, probability in list(zip(ids.tolist(), probs.tolist(), strict=True))[:enough]:
             direction = weight[token].double() - mean
             nodes.append(
-                _Node(
+                Node(
                     kind="logit",
                     layer=self.model.n_layers,
                     feature=token,
@@ -270,7 +215,7 @@ class _Builder:
             )
         return nodes
 
-    def _join(self, cotangents: Tensor, nodes: Sequence[_Node]) -> Tensor:
+    def _join(self, cotangents: Tensor, nodes: Sequence[Node]) -> Tensor:
         new = torch.zeros(len(nodes), self.n, self.model.d_model).double()
         for place, node in enumerate(nodes):
             new[place, node.position] = node.cotangent
@@ -278,7 +223,7 @@ class _Builder:
         return torch.cat([cotangents, new])
 
     def _collect(
-        self, layer: int, nodes: Sequence[_Node], cotangents: Tensor, effects: dict[int, Tensor]
+        self, layer: int, nodes: Sequence[Node], cotangents: Tensor, effects: dict[int, Tensor]
     ) -> None:
         """Add what is written at a layer: features, errors, biases."""
         bias = (cotangents @ self.biases[layer]).sum(-1)
@@ -302,8 +247,8 @@ class _Builder:
             effects[source.layer] = found
 
     def _choose(
-        self, layer: int, nodes: Sequence[_Node], effects: dict[int, Tensor], left: int
-    ) -> list[_Node]:
+        self, layer: int, nodes: Sequence[Node], effects: dict[int, Tensor], left: int
+    ) -> list[Node]:
         """Take a layer's features of most influence; all that they do above is known by now."""
         source, found = self.active.get(layer), effects.pop(layer, None)
         if source is None or found is None or not found.numel():
@@ -315,7 +260,7 @@ class _Builder:
         share = max(1, -(-left // (layer + 1))) if left > 0 else 0
         order = torch.argsort(influence, descending=True, stable=True)[:share].tolist()
         norm = self.norms.setdefault(layer, self.pullback.mlp_norm(layer)) if order else None
-        chosen: list[_Node] = []
+        chosen: list[Node] = []
         for entry in order:
             assert norm is not None
             position, feature = int(source.positions[entry]), int(source.ids[entry])
@@ -324,7 +269,7 @@ class _Builder:
             for place, node in enumerate(nodes):
                 node.edges["feature", layer, feature, position] = float(found[place, entry])
             chosen.append(
-                _Node(
+                Node(
                     kind="feature",
                     layer=layer,
                     feature=feature,
@@ -345,13 +290,13 @@ class _Builder:
         written = self.pullback.block(layer, zero).detach()[0].double()
         return written - self.pullback.mlp_outputs(layer).detach().double()
 
-    def _finish(self, nodes: Sequence[_Node]) -> AttributionGraph:
+    def _finish(self, nodes: Sequence[Node]) -> AttributionGraph:
         residuals = [
             abs(node.sums - node.value) / max(node.largest, abs(node.value), 1e-30)
             for node in nodes
         ]
-        kept = _prune(nodes, self.options)
-        table, edges = _tables(nodes, residuals, kept, self.tokens)
+        kept = prune(nodes, self.options)
+        table, edges = tables(nodes, residuals, kept, self.tokens)
         drawn = sum(abs(weight) for _, _, weight in edges.iter_rows())
         whole = sum(node.inbound for node in nodes)
         summary = {
@@ -396,7 +341,7 @@ def _pulled(norm: FrozenNorm, direction: Tensor, position: int) -> Float[Tensor,
 
 
 def _add(
-    nodes: Sequence[_Node],
+    nodes: Sequence[Node],
     sums: Tensor,
     largest: Tensor | None = None,
     sizes: Tensor | None = None,
@@ -406,98 +351,3 @@ def _add(
         size = abs(float(sums[place])) if largest is None else float(largest[place])
         node.largest = max(node.largest, size)
         node.inbound += abs(float(sums[place])) if sizes is None else float(sizes[place])
-
-
-Key = tuple[str, int, int, int]
-
-
-def _prune(nodes: Sequence[_Node], options: GraphOptions) -> dict[Key, float]:
-    """Return the sources to keep, with their influence on the logits.
-
-    Influence goes down the graph, each node handing its own to its sources by their share of its
-    absolute attributions.
-    """
-    influence: dict[Key, float] = {}
-    for node in nodes:  # from the top down, as they were expanded
-        own = influence.get(_key(node), 0.0) if node.kind == "feature" else node.activation
-        node.influence = own
-        for source, weight in node.edges.items():
-            share = abs(weight) / node.inbound if node.inbound else 0.0
-            influence[source] = influence.get(source, 0.0) + own * share
-    order = sorted(influence, key=lambda key: (-influence[key], key))
-    total, so_far = sum(influence.values()), 0.0
-    kept: dict[Key, float] = {}
-    for source in order:
-        if so_far >= options.node_share * total:
-            break
-        kept[source] = influence[source]
-        so_far += influence[source]
-    # Edges into nodes that stay, strongest first, until the share is reached.
-    ranked = sorted(
-        (
-            (node.influence * abs(weight) / node.inbound, place, source)
-            for place, node in enumerate(nodes)
-            if node.inbound and (node.kind == "logit" or _key(node) in kept)
-            for source, weight in node.edges.items()
-            if source in kept
-        ),
-        key=lambda item: (-item[0], item[1:]),
-    )
-    whole, so_far = sum(item[0] for item in ranked), 0.0
-    wanted: set[tuple[int, Key]] = set()
-    for size, place, source in ranked:
-        if so_far >= options.edge_share * whole:
-            break
-        wanted.add((place, source))
-        so_far += size
-    for place, node in enumerate(nodes):
-        node.edges = {
-            source: weight for source, weight in node.edges.items() if (place, source) in wanted
-        }
-    return kept
-
-
-def _key(node: _Node) -> Key:
-    return (node.kind, node.layer, node.feature, node.position)
-
-
-def _tables(
-    nodes: Sequence[_Node],
-    residuals: Sequence[float],
-    kept: dict[Key, float],
-    tokens: Sequence[str],
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    expanded = {
-        _key(node): (node, residual)
-        for node, residual in zip(nodes, residuals, strict=True)
-        if node.kind == "logit" or _key(node) in kept
-    }
-    keys = [*expanded, *(key for key in kept if key not in expanded)]
-    number = {key: place for place, key in enumerate(keys)}
-    rows: list[tuple[Any, ...]] = []
-    for key in keys:
-        kind, layer, feature, position = key
-        node, residual = expanded.get(key, (None, None))
-        token = tokens[position] if node is None or kind != "logit" else node.token
-        rows.append(
-            (
-                number[key],
-                kind,
-                layer,
-                feature if feature >= 0 else None,
-                position,
-                token,
-                None if node is None else node.activation,
-                kept.get(key, 0.0 if node is None else node.influence),
-                residual,
-            )
-        )
-    edges = [
-        (number[source], number[key], weight)
-        for key, (node, _) in expanded.items()
-        for source, weight in node.edges.items()
-    ]
-    return (
-        pl.DataFrame(rows, schema=_NODES, orient="row"),
-        pl.DataFrame(edges, schema=_EDGES, orient="row"),
-    )
