@@ -49,6 +49,14 @@ class Reasons:
 
 
 @dataclass(frozen=True)
+class Greyed:
+    """A table cell whose value may not be read like the others: drawn grey, with the reason."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table that sorts by a click on a column's head; numbers are aligned and shortened.
 
@@ -63,7 +71,7 @@ class Table:
 
     def numeric(self, column: int) -> bool:
         """Return True when a column holds numbers only."""
-        values = [row[column] for row in self.rows if row[column] is not None]
+        values = [_plain(row[column]) for row in self.rows if _plain(row[column]) is not None]
         return bool(values) and all(
             isinstance(value, int | float) and not isinstance(value, bool) for value in values
         )
@@ -227,8 +235,13 @@ def _pretty(provenance: Mapping[str, Any] | None) -> str:
     return json.dumps(provenance, indent=2, ensure_ascii=False, default=str) if provenance else ""
 
 
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Greyed) else value
+
+
 def _sort_key(value: Any) -> str:
     """Return what the browser sorts by: the number itself where there is one."""
+    value = _plain(value)
     if value is None:
         return ""
     return repr(float(value)) if isinstance(value, int | float) else str(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from layerscope.measures.runs_described import differing_options
 from layerscope.store.info import RunInfo
 
 _PASS_KEY = ("prompt_id", "fact_key", "prompt_variant", "lens")
@@ -79,17 +80,7 @@ def _moments(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    flat_a, flat_b = dict(_flatten(a)), dict(_flatten(b))
     return [
-        {"option": name, "a": flat_a.get(name), "b": flat_b.get(name)}
-        for name in sorted(flat_a.keys() | flat_b.keys())
-        if flat_a.get(name) != flat_b.get(name)
+        {"option": name, "a": values[0], "b": values[1]}
+        for name, values in differing_options((a, b))
     ]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

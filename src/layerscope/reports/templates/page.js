@@ -2,17 +2,23 @@
 // A tip for whatever carries data-tip; its text is never read as HTML.
 (() => {
   const tip = document.getElementById("tip");
-  document.addEventListener("pointermove", (event) => {
-    const found = event.target instanceof Element ? event.target.closest("[data-tip]") : null;
+  const show = (found, at) => {
     tip.hidden = !found;
     if (!found) return;
     tip.textContent = found.getAttribute("data-tip");
-    const x = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8);
-    const y = event.clientY + 18 + tip.offsetHeight > window.innerHeight
-      ? event.clientY - tip.offsetHeight - 10 : event.clientY + 18;
+    const x = Math.min(at.x + 14, window.innerWidth - tip.offsetWidth - 8);
+    const y = at.y + 18 + tip.offsetHeight > window.innerHeight ? at.y - tip.offsetHeight - 10 : at.y + 18;
     tip.style.left = `${Math.max(4, x)}px`;
     tip.style.top = `${Math.max(4, y)}px`;
+  };
+  const carrier = (target) => (target instanceof Element ? target.closest("[data-tip]") : null);
+  document.addEventListener("pointermove", (event) => show(carrier(event.target), { x: event.clientX, y: event.clientY }));
+  document.addEventListener("focusin", (event) => {
+    const found = carrier(event.target);
+    const box = found ? found.getBoundingClientRect() : null;
+    show(found, box ? { x: box.left, y: box.bottom - 16 } : null);
   });
+  document.addEventListener("focusout", () => show(null));
   // Tables sort by the head that is clicked; empty cells stay last.
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
