@@ -35,6 +35,7 @@ COMMANDS = (
     "features",
     "pathways",
     "causal_features",
+    "graph",
     "measures",
     "compare",
     "runs",
