@@ -83,7 +83,7 @@ def execute(
     schema = {"source": pl.Int64, "target": pl.Int64, "weight": pl.Float64}
     edges = pl.DataFrame(piece.payload["edges"], schema=schema)
     watch.lap("graph")
-    summary = {**piece.payload["summary"], "prompt": planned.prompt}
+    summary: dict[str, Any] = {**piece.payload["summary"], "prompt": planned.prompt}
     summary["gates"] = {"complete": summary["largest_residual"] <= COMPLETE}
     return Outcome(
         {"nodes": piece.rows, "edges": edges},
