@@ -15,7 +15,9 @@ from layerscope.experiments.pathways.workspace import Workspace
 from layerscope.features.staging import plan_stages
 
 _BLOCK_TENSORS = 12  # of d_model width per token that a block's backward pass keeps
-_RUNTIME = 400e6  # the interpreter, torch and tables, without any weight
+_FIRST_USE = 100e6  # what torch and transformers take when first used, beyond being imported
+_REPLAYED = 8192  # tokens of one pass of a replay
+_ENCODED = 4096  # tokens of one batch of the tokens stage, with logits
 
 
 def begin_stage(device: str | None) -> None:
@@ -59,14 +61,20 @@ def plan(work: Workspace) -> dict[str, Any]:
     targets = config.top_n_per_layer * n_layers_used
     prompts = _n_prompts(work)
     flops = prompts * tokens * (2 * n_layers * block) * (1 + targets / 2)
-    swept = per_target * (2 * group + (n_layers + 1))
-    backward = per_target * _BLOCK_TENSORS * min(group, 32)
-    peak = _RUNTIME + parameters * width + staging.peak_bytes + swept + backward
+    inner = int(getattr(shape, "intermediate_size", 4 * d_model))
+    phases = {
+        "discover": per_target * (2 * group + n_layers + 1 + _BLOCK_TENSORS * min(group, 32)),
+        "replay": _REPLAYED * (4 * d_model + 3 * inner) * 4,
+        "tokens": _ENCODED * (2 * int(shape.vocab_size) + n_layers_used * d_model) * 4,
+    }
+    model_bytes = parameters * width
+    peak = _base() + model_bytes + staging.peak_bytes + max(phases.values())
     return {
         "staging": staging.line(),
         "dictionary_bytes_read": staging.total_bytes * prompts * 2,
         "dictionary_bytes_held": staging.peak_bytes,
-        "model_bytes": parameters * width,
+        "model_bytes": model_bytes,
+        "phase_bytes": phases,
         "peak_bytes": int(peak),
         "memory_limit_bytes": int(config.memory_limit_gb * 1e9),
         "fits": peak < config.memory_limit_gb * 1e9,
@@ -79,6 +87,13 @@ def plan(work: Workspace) -> dict[str, Any]:
             f"{rate / 1e12:g} TFLOP/s": flops / rate for rate in (1e11, 1e13, 4e14)
         },
     }
+
+
+def _base() -> float:
+    """Return what this process holds with everything imported, and no weight loaded."""
+    import psutil
+
+    return psutil.Process().memory_info().rss + _FIRST_USE
 
 
 def _n_prompts(work: Workspace) -> int:

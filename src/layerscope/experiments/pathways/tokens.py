@@ -58,9 +58,10 @@ def run_tokens(work: Workspace, key: str, progress: Progress | None = None) -> S
     nats = [value for piece in pieces for value in piece.payload["nats"]]
     entries = pl.concat([piece.rows for piece in pieces]) if pieces else texts_schema()
     strings = work.model.token_strings()
-    table, corpus_counts = _associations(work, texts, entries, features, strings)
     quality = _quality(texts, nats)
     flagged = {name: reason for name, (_, reason) in quality.items() if reason}
+    table, corpus_counts = _associations(work, texts, entries, features, strings)
+    table = table.with_columns(degenerate_share=_degenerate(texts, flagged, table["corpus"]))
     traced, logits = _traced(work, features, prompts, entries, strings), _logits(work, features)
     write_parquet(work.path(TOKENS), table)
     write_parquet(work.path(FEATURE_FIGURES), _figures(work, features, entries, nats))
@@ -196,6 +197,18 @@ def _quality(
     return {
         name: (one, one.degenerate(usual.get(name.split("_", 1)[0]))) for name, one in found.items()
     }
+
+
+def _degenerate(
+    texts: Sequence[Text], flagged: Mapping[str, str], corpora_of_rows: pl.Series
+) -> pl.Series:
+    """Return, for every row, the share of its corpus' texts that look degenerate."""
+    shares: dict[str, float] = {}
+    for corpus in dict.fromkeys(text.corpus for text in texts):
+        members = [text for text in texts if text.corpus == corpus]
+        bad = sum((text.condition or text.corpus) in flagged for text in members)
+        shares[corpus] = bad / len(members)
+    return pl.Series([shares[corpus] for corpus in corpora_of_rows], dtype=pl.Float64)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
