@@ -103,6 +103,12 @@ def _directions(rows: list[dict[str, Any]], config: FollowUpConfig) -> Iterator[
         for row in rows
         if row["operation"] == ADD and row["direction"] == RANDOM
     }
+    empty = {(row["relation"], row["set"]) for row in rows if row["as_wanted"] and not row["rank1"]}
+    for relation, name in sorted(empty):
+        yield (
+            f"{relation}, {name}: the direction gains its bits on answers that never come first: "
+            "it tilts the odds, and no more"
+        )
     for row in rows:
         key = (row["relation"], row["set"], row["alpha"])
         if row["as_wanted"] and best.get(key, 0.0) >= row["bits"] / 2:

@@ -9,7 +9,7 @@ import polars as pl
 
 from layerscope.experiments.follow_up import head_scan
 from layerscope.experiments.follow_up.config import FollowUpConfig
-from layerscope.experiments.follow_up.directions import ADD, CONCEPT, PROJECT
+from layerscope.experiments.follow_up.directions import ADD, CONCEPT
 from layerscope.experiments.follow_up.facts import Fact
 from layerscope.experiments.follow_up.patches import CLEAN, KINDS
 
@@ -157,7 +157,10 @@ def _heads(
 
 
 def _directions(doses: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return medians per relation, set of prompts, operation, strength and kind of direction."""
+    """Return medians per relation, set of prompts, operation, strength and kind of direction.
+
+    The index is null where it is known of less than half of the prompts.
+    """
     keys = ["relation", "set", "operation", "alpha", "direction"]
     table = doses.group_by(keys, maintain_order=True).agg(
         pl.col("bits").median(),
@@ -172,19 +175,16 @@ def _directions(doses: pl.DataFrame) -> list[dict[str, Any]]:
     )
     rows = table.to_dicts()
     for row in rows:
+        if 2 * row["index_known"] < row["prompts"]:
+            row["index"] = None
         row["as_wanted"] = (
             row["direction"] == CONCEPT
             and row["operation"] == ADD
             and row["bits"] >= WANTED_BITS
-            and 2 * row["index_known"] >= row["prompts"]
+            and row["index"] is not None
             and row["index"] >= WANTED_INDEX
         )
     return rows
-
-
-def surgery(directions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows of a summary's directions that project them out."""
-    return [row for row in directions if row["operation"] == PROJECT]
 
 
 def _mediation(table: pl.DataFrame) -> list[dict[str, Any]]:
