@@ -264,5 +264,9 @@ def test_a_browser_draws_the_page_without_errors(tmp_path: Path, table: LayersTa
     cells = [a for tag, a in page.tags if tag == "td" and "tabindex" in a]
     assert len(cells) == 7 * len(evil.meta.prompts[0].tokens)
     assert sum("main-svg" in (a.get("class") or "") for _, a in page.tags) >= 2
+    small = [a for tag, a in page.tags if tag == "button" and "data-at" in a]
+    facts = [p for p in evil.meta.prompts if (p.prompt_id, p.prompt_variant) == ("pos", "orig")]
+    assert len(small) == len(facts)
+    assert [a["aria-pressed"] for a in small].count("true") == 1
     assert "<title>owned" not in done.stdout
     assert not any(tag == "img" for tag, _ in page.tags)

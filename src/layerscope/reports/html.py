@@ -23,7 +23,13 @@ PAGE_BYTES = 1_900_000  # of everything but plotly.js; the page promises to stay
 MIN_DATA_BYTES = 200_000  # even when provenance and facts fill the page
 SHOWN_REASONS = 3  # more than these are folded, so that the figures stay in reach
 _STYLES = ("layers.css",)
-_SCRIPTS = ("layers.text.js", "layers.grid.js", "layers.curves.js", "layers.main.js")
+_SCRIPTS = (
+    "layers.text.js",
+    "layers.grid.js",
+    "layers.curves.js",
+    "layers.multiples.js",
+    "layers.main.js",
+)
 
 
 def layers_page(reports: Report | Sequence[Report]) -> str:

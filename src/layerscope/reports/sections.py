@@ -12,6 +12,7 @@ from layerscope.measures.config import decimal
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.checks import Check, checks, checks_line
 from layerscope.reports.data import kind
+from layerscope.reports.evidence import Evidence, evidence
 from layerscope.reports.glossary import TABULATED, label, lasts, meaning
 from layerscope.reports.lenses import LensTable, lens_table
 from layerscope.reports.text import number, visible
@@ -61,6 +62,7 @@ class ModelSections:
     lenses: LensTable
     checks: tuple[Check, ...]
     checks_line: str | None
+    evidence: Evidence
     columns: tuple[tuple[str, str], ...]
     facts: tuple[FactRow, ...]
     facts_notes: tuple[str, ...]
@@ -93,6 +95,7 @@ def model_sections(
         lenses=lens_table(summary),
         checks=tuple(checks(summary)),
         checks_line=checks_line(summary),
+        evidence=evidence(table, summary),
         columns=tuple((label(name), f"{name}: {meaning(name)}") for name in TABULATED),
         facts=facts,
         facts_notes=_facts_notes(summary),

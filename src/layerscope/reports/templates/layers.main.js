@@ -13,6 +13,10 @@ LS.Explorer = class {
     const colours = Object.fromEntries(Object.entries(LS.colourModes).map(([name, mode]) => [name, mode.label]));
     this.radios("lens", lensNames, this.lens, (value) => { this.lens = value; this.draw(); });
     this.radios("colour", colours, this.colour, (value) => { this.colour = value; this.drawGrid(); });
+    this.multiples = LS.drawMultiples(this.slot("multiples"), model, (at) => {
+      this.choose(at);
+      root.querySelector(".controls").scrollIntoView();
+    });
     this.select.addEventListener("change", () => this.choose(Number(this.select.value)));
     for (const button of root.querySelectorAll("[data-step]")) {
       button.addEventListener("click", () => this.choose(this.at + Number(button.dataset.step)));
@@ -78,6 +82,7 @@ LS.Explorer = class {
     this.drawFigures();
     this.drawLastRow();
     this.drawHead();
+    for (const button of this.multiples) button.setAttribute("aria-pressed", String(Number(button.dataset.at) === this.at));
     for (const button of this.root.querySelectorAll("[data-prompt]")) {
       button.closest("tr").classList.toggle("current", Number(button.dataset.prompt) === this.pass.index);
     }
