@@ -37,8 +37,8 @@ SUPPRESSED = {
     "reasons": [{"code": "near_overflow"}, {"code": "prompt_echo"}],
 }
 # code -> (what is done to the third run, lens, fact, kinds, words of the reason)
-CASES: dict[str, tuple[Callable[[Reading], Reading], str | None, str | None, tuple[str, ...], str]]
-CASES = {
+Case = tuple[Callable[[Reading], Reading], str | None, str | None, tuple[str, ...], str]
+CASES: dict[str, Case] = {
     "lens_missing": (without_tuned, "tuned", None, ALL_KINDS, "no lens was ever fitted"),
     "norm_choice": (
         lambda run: replace(run, norm_choice="next_norm"),

@@ -71,3 +71,18 @@ def test_the_verdict_says_what_may_be_said() -> None:
     nothing = verdict(compare([reading("a", [1]), b]))
     assert nothing.startswith("Onsets may not be compared. a: no other run may be compared")
     assert "b: decoded with the next_norm norm" in nothing
+
+
+def test_a_run_has_one_colour_in_all_figures(tmp_path: Path) -> None:
+    runs = [
+        replace(reading("first", [1]), dtype="bfloat16"),
+        reading("second", [1]),
+        reading("third", [2]),
+    ]
+    text = write_compare(compare(runs), tmp_path / "page.html").read_text("utf-8")
+    keys = re.findall(r'<p class="key">(.*?)</p>', text)
+    assert len(keys) == 2
+    for key in keys:
+        assert '<i class="s1"></i>second' in key and '<i class="s2"></i>third' in key
+    assert '<i class="s0"></i>first<' in keys[0]
+    assert '<i class="s0"></i>first: not compared<' in keys[1]

@@ -265,17 +265,20 @@ def _curves(found: CrossModel, key: str) -> list[Lines]:
     bits: dict[str, list[tuple[float, float | None]]] = {}
     for run, (name, reading) in enumerate(zip(names_of(found), found.readings, strict=True)):
         lensed = reading.facts[key].lenses.get(found.lens) if key in reading.facts else None
-        if lensed is None:
-            continue
-        depths = [layer / reading.n_layers for layer in lensed.layers]
-        if found.cell(run, key, ONSET).refused is None:
+        depths = [layer / reading.n_layers for layer in lensed.layers] if lensed else []
+        # A run that is not drawn keeps its place in the legend, so that colours stay the same.
+        if lensed is not None and found.cell(run, key, ONSET).refused is None:
             ranks[name] = list(zip(depths, lensed.ranks, strict=True))
-        if found.cell(run, key, "first_kl_below_1.0").refused is None:
+        else:
+            ranks[f"{name}: not compared"] = []
+        if lensed is not None and found.cell(run, key, "first_kl_below_1.0").refused is None:
             bits[name] = _steps(depths, [_threshold(value) for value in lensed.kl_bits])
+        else:
+            bits[f"{name}: not compared"] = []
     drawings: list[Lines] = []
-    if ranks:
+    if any(ranks.values()):
         drawings.append(Lines(ranks, "depth", "answer rank", f"{title}: rank", log_y=True))
-    if bits:
+    if any(bits.values()):
         drawings.append(
             Lines(bits, "depth", "bits, at most", f"{title}: divergence threshold", log_y=True)
         )
