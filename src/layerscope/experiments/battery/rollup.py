@@ -248,7 +248,8 @@ def _of_lens(
         "shares": shares,
         "permuted_rank_le_10_at_onset": permuted,
         "tiers": _counts(own["artifact_tier"]),
-        "confirmed_by": _counts(own["confirmed_source"]),
+        # Without an onset there is nothing to confirm.
+        "confirmed_by": _counts(own.filter(own["L_semantic"].is_not_null())["confirmed_source"]),
         "nonfinite_items": int((own["nonfinite_rows"] > 0).sum()),
         "shifts_in_tokens": list(SHIFTS),
     }
