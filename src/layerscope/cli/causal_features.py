@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
         ] = "last_k:1",
         min_effect: Annotated[
             float, typer.Option("--min-effect", help="Smallest change of a rate that counts.")
-        ] = 0.1,
+        ] = 0.05,
         high_bet: Annotated[
             float | None, typer.Option("--high-bet", help="Count bets above this sum alone.")
         ] = None,

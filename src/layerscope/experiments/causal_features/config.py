@@ -39,7 +39,7 @@ class CausalConfig:
     max_new_tokens: int = 12
     stop: tuple[str, ...] = ()
     scope: str = "last_k:1"
-    min_effect: float = 0.1
+    min_effect: float = 0.05
     high_bet: float | None = None
     batch_rows: int = 256
     seed: int = 0

@@ -12,14 +12,19 @@ from jaxtyping import Float
 from scipy import stats
 
 _Z = 1.959963984540054
-_NOISE = 1e-12  # of the squared mean: what float32 values leave of a variance that is zero
+_NOISE = 1e-28  # of the squared mean: what rounding leaves of a variance that is zero
 
 
 @dataclass
 class Sums:
-    """Counts, sums and sums of squares of every feature, which add up chunk by chunk."""
+    """Counts, sums and sums of squares of every feature, which add up chunk by chunk.
+
+    Sums are those of differences from `pivot`, the first chunk's means, so that a large mean does
+    not eat a small variance.
+    """
 
     count: int
+    pivot: Float[np.ndarray, " feature"]
     total: Float[np.ndarray, " feature"]
     squares: Float[np.ndarray, " feature"]
     active: Float[np.ndarray, " feature"]
@@ -27,26 +32,28 @@ class Sums:
     @classmethod
     def empty(cls, n_features: int) -> Sums:
         """Return the sums of no values."""
-        return cls(0, *(np.zeros(n_features) for _ in range(3)))
+        return cls(0, *(np.zeros(n_features) for _ in range(4)))
 
     def add(self, values: Float[np.ndarray, "prompt feature"]) -> None:
         """Add values, one row per prompt."""
-        wide = values.astype(np.float64)
-        self.count += len(wide)
-        self.total += wide.sum(axis=0)
-        self.squares += np.square(wide).sum(axis=0)
-        self.active += (wide > 0).sum(axis=0)
+        if not self.count:
+            self.pivot = values.mean(axis=0, dtype=np.float64)
+        apart = values.astype(np.float64) - self.pivot
+        self.count += len(apart)
+        self.total += apart.sum(axis=0)
+        self.squares += np.square(apart).sum(axis=0)
+        self.active += (values > 0).sum(axis=0)
 
     @property
     def mean(self) -> Float[np.ndarray, " feature"]:
         """Mean of every feature."""
-        return self.total / self.count
+        return self.pivot + self.total / self.count
 
     @property
     def variance(self) -> Float[np.ndarray, " feature"]:
         """Variance with one degree of freedom taken off; 0 where only rounding is left."""
         spread = np.maximum(self.squares - self.total**2 / self.count, 0.0)
-        spread[spread <= _NOISE * self.squares] = 0.0
+        spread[spread <= _NOISE * self.count * self.pivot**2] = 0.0
         return spread / (self.count - 1)
 
 
@@ -68,7 +75,9 @@ def contrast(safe: Sums, risky: Sums) -> pl.DataFrame:
         t = difference / np.sqrt(ea + eb)
         df = (ea + eb) ** 2 / (ea**2 / (a.count - 1) + eb**2 / (b.count - 1))
         p = 2.0 * stats.t.sf(np.abs(t), df)
-    error = np.sqrt((a.count + b.count) / (a.count * b.count) + d**2 / (2 * (a.count + b.count)))
+        n = a.count + b.count
+        error = np.sqrt(n / (a.count * b.count) + d**2 / (2 * n))
+        low, high = d - _Z * error, d + _Z * error
     columns: dict[str, Float[np.ndarray, " feature"]] = {
         "safe_mean": a.mean,
         "risky_mean": b.mean,
@@ -77,8 +86,8 @@ def contrast(safe: Sums, risky: Sums) -> pl.DataFrame:
         "safe_active": a.active / a.count,
         "risky_active": b.active / b.count,
         "cohen_d": d,
-        "d_low": d - _Z * error,
-        "d_high": d + _Z * error,
+        "d_low": low,
+        "d_high": high,
         "hedges_g": d * hedges_factor(free),
         "t": t,
         "df": df,
