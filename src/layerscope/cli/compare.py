@@ -36,7 +36,7 @@ def compare(
         str | None, typer.Option("--lens", help="Lens whose facts are shown. Default: norm.")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page to this new file.")
+        Path | None, typer.Option("--html", help="Write a page to this file.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
     store: StoreOption = None,
