@@ -50,8 +50,9 @@ def execute(
         planned.prompts, onsets_of(found.tables["items"]), ledger, seed=config.seed
     )
     patched, plain = _patch(planned, facts, stages)
-    onsets = patches.causal_onsets(patched, min_bits=config.min_bits)
     facts = _measured(facts, plain, ledger)
+    patched = patched.filter(pl.col("item").is_in([fact.key for fact in facts]))
+    onsets = patches.causal_onsets(patched, min_bits=config.min_bits)
     items = items_table(facts, plain, onsets, patched)
     scan, curve, missing = _heads(planned, facts, items, stages, ledger)
     steered, fitted = steer_relations(planned, facts, items, stages, ledger)
