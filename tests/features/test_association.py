@@ -13,11 +13,12 @@ from polars.testing import assert_frame_equal
 from layerscope.features.association import (
     Activations,
     AssociationOptions,
-    _excess_ranks,
-    _null_moments,
+    Shuffles,
     associate,
     bh_of,
+    excess_ranks,
     hypergeometric,
+    null_moments,
 )
 from layerscope.features.text_quality import TextQuality, text_quality
 
@@ -112,16 +113,31 @@ def test_moments_are_those_of_all_shuffles() -> None:
     found = Activations(
         tokens, clusters, np.zeros(4, dtype=int), place, np.array([2.0, 1.0, 1.0, 3.0]), 1
     )
-    excess = _excess_ranks(found, 7)
+    excess = excess_ranks(found, 7)
     assert excess.tolist() == [6 - 2, 4.5 - 2, 4.5 - 2, 7 - 2]  # silence: ranks 1 to 3
     sums = [
         [sum(e for p, e in zip(place, excess, strict=True) if (*a, *b)[p] == t) for t in range(3)]
         for a in permutations((0, 0, 1, 2))
         for b in permutations((0, 1, 1))
     ]
-    mean, sd = _null_moments(found, excess, tokens, np.zeros(3, dtype=int), np.arange(3))
+    mean, sd = null_moments(found, excess, tokens, np.zeros(3, dtype=int), np.arange(3))
     assert mean == pytest.approx(np.mean(sums, axis=0))
     assert sd == pytest.approx(np.std(sums, axis=0))
+
+
+def test_shuffles_have_those_moments() -> None:
+    # Clusters differ in what they hold, so shuffles across them would have other moments.
+    clusters = np.repeat(np.arange(4), 30)
+    tokens = np.where(np.arange(120) % 30 < 3 + 7 * clusters, 0, 1)
+    place = np.flatnonzero(np.arange(120) % 30 < 2 + 6 * clusters[::-1])
+    values = 1.0 + np.arange(len(place)) % 5
+    found = Activations(tokens, clusters, np.zeros(len(place), dtype=int), place, values, 1)
+    excess = excess_ranks(found, 120)
+    mean, sd = null_moments(found, excess, tokens, np.zeros(2, dtype=int), np.arange(2))
+    drawn = Shuffles(found, tokens, excess, np.arange(2), 2, seed=0)
+    sums = np.array(list(drawn.draw(600, np.arange(2))))
+    assert np.abs(sums.mean(0) - mean).max() < 4 * sd.max() / math.sqrt(600)
+    assert sums.std(0) == pytest.approx(sd, rel=0.15)
 
 
 def test_p_values_are_calibrated_under_the_null() -> None:

@@ -113,7 +113,7 @@ def associate(
     tested = found.n_features * int((counts >= options.min_count).sum())
     if n == 0 or len(found.value) == 0 or tested == 0:
         return pl.DataFrame(schema=SCHEMA)
-    excess = _excess_ranks(found, n)
+    excess = excess_ranks(found, n)
     key = found.feature * len(types) + label[found.place]
     pairs, entry_pair = np.unique(key, return_inverse=True)
     joint = np.bincount(entry_pair)
@@ -125,8 +125,8 @@ def associate(
     observed = np.bincount(entry_pair, excess)[kept]
     pairs, joint, sums, shrunk = pairs[kept], joint[kept], sums[kept], shrunk[kept]
     feature, kind = pairs // len(types), pairs % len(types)
-    mean, sd = _null_moments(found, excess, label, feature, kind)
-    shuffles = _Shuffles(found, label, excess, pairs, len(types), options.seed)
+    mean, sd = null_moments(found, excess, label, feature, kind)
+    shuffles = Shuffles(found, label, excess, pairs, len(types), options.seed)
     p, tried = _permuted(shuffles, observed, mean, sd, tested, options, progress)
     active = np.bincount(found.feature, minlength=found.n_features)[feature]
     n_token = counts[kind]
@@ -196,7 +196,7 @@ def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
     return log_factorial(n) - log_factorial(k) - log_factorial(n - k)
 
 
-def _excess_ranks(found: Activations, n: int) -> Float[np.ndarray, " entry"]:
+def excess_ranks(found: Activations, n: int) -> Float[np.ndarray, " entry"]:
     """Return by how much every active entry's rank exceeds that of silence, ties sharing theirs."""
     excess = np.empty(len(found.value))
     order = np.argsort(found.feature, kind="stable")
@@ -244,7 +244,7 @@ def _log_odds(
     return delta / np.sqrt(1 / here + 1 / there)
 
 
-def _null_moments(
+def null_moments(
     found: Activations,
     excess: np.ndarray,
     label: np.ndarray,
@@ -281,7 +281,7 @@ def _null_moments(
     return means, np.sqrt(np.maximum(variances, 0.0))
 
 
-class _Shuffles:
+class Shuffles:
     """Sums of every pair under shuffles of labels within clusters, drawn one after another."""
 
     def __init__(
@@ -318,7 +318,7 @@ class _Shuffles:
 
 
 def _permuted(
-    shuffles: _Shuffles,
+    shuffles: Shuffles,
     observed: np.ndarray,
     mean: np.ndarray,
     sd: np.ndarray,

@@ -15,7 +15,7 @@ from layerscope.experiments.pathways.workspace import Workspace
 from layerscope.features.staging import plan_stages
 
 _BLOCK_TENSORS = 12  # of d_model width per token that a block's backward pass keeps
-_FIRST_USE = 100e6  # what torch and transformers take when first used, beyond being imported
+_FIRST_USE = 150e6  # what torch and transformers take when first used, beyond being imported
 _REPLAYED = 8192  # tokens of one pass of a replay
 _ENCODED = 4096  # tokens of one batch of the tokens stage, with logits
 
@@ -62,9 +62,11 @@ def plan(work: Workspace) -> dict[str, Any]:
     prompts = _n_prompts(work)
     flops = prompts * tokens * (2 * n_layers * block) * (1 + targets / 2)
     inner = int(getattr(shape, "intermediate_size", 4 * d_model))
+    heads = int(getattr(shape, "num_attention_heads", 1))
+    cached = d_model * int(getattr(shape, "num_key_value_heads", None) or heads) // heads
     phases = {
         "discover": per_target * (2 * group + n_layers + 1 + _BLOCK_TENSORS * min(group, 32)),
-        "replay": _REPLAYED * (4 * d_model + 3 * inner) * 4,
+        "replay": _REPLAYED * (4 * d_model + 3 * inner + 2 * n_layers * cached) * 4,
         "tokens": _ENCODED * (2 * int(shape.vocab_size) + n_layers_used * d_model) * 4,
     }
     model_bytes = parameters * width
