@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import gamma, sqrt
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -32,7 +33,7 @@ def test_sums_give_what_whole_columns_give() -> None:
     safe = np.maximum(rng.normal(0.3, 1.0, (41, 50)), 0)
     risky = np.maximum(rng.normal(0.5, 2.0, (23, 50)), 0)
     found = contrast(sums(safe), sums(risky))
-    expected = stats.ttest_ind(risky, safe, equal_var=False)
+    expected: Any = stats.ttest_ind(risky, safe, equal_var=False)
     np.testing.assert_allclose(found["t"].to_numpy(), expected.statistic, rtol=1e-10)
     np.testing.assert_allclose(found["p"].to_numpy(), expected.pvalue, rtol=1e-8)
     np.testing.assert_allclose(found["df"].to_numpy(), expected.df, rtol=1e-10)
@@ -74,7 +75,7 @@ def test_a_planted_null_gives_few_discoveries_and_a_planted_effect_is_found() ->
     rng = np.random.default_rng(2)
     safe, risky = rng.normal(size=(60, 4000)), rng.normal(size=(60, 4000))
     null = contrast(sums(safe), sums(risky))
-    assert (q_values(null["p"]) < 0.05).mean() <= 0.05 / 20
+    assert (q_values(null["p"]) < 0.05).sum() <= 10
     assert (null["p"] < 0.05).mean() == pytest.approx(0.05, abs=0.015)
     risky[:, :40] += 1.5
     found = contrast(sums(safe), sums(risky))
