@@ -23,7 +23,7 @@ from layerscope.models.generation import Generation, Piece, Sampling, Stream
 from layerscope.models.generation.loop import Settings, end_ids, start
 from layerscope.models.identities import IdentityReport
 from layerscope.models.prompts import PaddingSide, PromptsLike, TokenBatch, tokenize
-from layerscope.models.run import Capture, Logits, RunResult, Start, plan
+from layerscope.models.run import Capture, Logits, Packed, RunResult, Start, plan
 from layerscope.models.sites import Site
 from layerscope.models.vocabulary import decode_tokens, token_strings
 from layerscope.products import Products
@@ -261,6 +261,7 @@ class LanguageModel:
         cache: Cache | None = None,
         keep_cache: bool = False,
         lean: bool = False,
+        packed: Packed | None = None,
     ) -> RunResult:
         """Run one forward pass: the only way one happens.
 
@@ -282,11 +283,15 @@ class LanguageModel:
             keep_cache: keep keys and values of all tokens so far in the result.
             lean: let a backend that can leave out what logits and captures of the final norm do not
                 need of the last block; the rounding is then that of smaller products.
+            packed: how the one row of `prompts` is made of rows that continue the cache; needs a
+                start, and positions count the tokens of that one row.
 
         Raises:
             SiteError, CapabilityError, EditError, PromptError: the request, before anything runs.
         """
-        if cache is None:
+        if packed is not None and isinstance(prompts, TokenBatch):
+            batch = prompts  # its pieces, not itself, must fit the context
+        elif cache is None:
             batch = self.tokenize(prompts)
         else:
             batch = self.tokenize(prompts, prepend_bos=False).continuing(cache.mask)
@@ -304,6 +309,7 @@ class LanguageModel:
             cache=cache,
             keep_cache=keep_cache,
             lean=lean,
+            packed=packed,
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
             raise CapabilityError(self.backend.why_lacking(Capability.GRADIENTS))

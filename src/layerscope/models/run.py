@@ -64,6 +64,50 @@ class Start:
     residual: Float[Tensor, "batch pos d_model"]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Rows of equal width that continue equally many columns of a cache.
+
+    Attributes:
+        column: stored columns that each row continues; its tokens stand at this position and after.
+        rows: the cache's row that each continues.
+        width: tokens of each.
+    """
+
+    column: int
+    rows: tuple[int, ...]
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Tokens of all rows."""
+        return len(self.rows) * self.width
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of different beginnings and lengths, laid one after the other into a single row.
+
+    Each sees the columns before it in its row of the cache, and of the single row itself alone. No
+    token is computed for padding.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def n_columns(self) -> int:
+        """Length of the longest row with what it continues."""
+        return max(piece.column + piece.width for piece in self.pieces)
+
+    def position_ids(self) -> Int[Tensor, "1 pos"]:
+        """Return the position of every token in its own row."""
+        places = [
+            torch.arange(piece.column, piece.column + piece.width).repeat(len(piece.rows))
+            for piece in self.pieces
+        ]
+        return torch.cat(places)[None]
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedCapture:
     """One site to keep; `columns` are padded columns, None for all."""
@@ -98,6 +142,7 @@ class RunPlan:
     cache: Cache | None = None
     keep_cache: bool = False
     lean: bool = False
+    packed: Packed | None = None
 
     def wanted(self) -> Int[Tensor, "batch pos"] | None:
         """Return the only columns of the last block's output that anything reads; None for all."""
@@ -173,6 +218,7 @@ def plan(
     cache: Cache | None = None,
     keep_cache: bool = False,
     lean: bool = False,
+    packed: Packed | None = None,
 ) -> RunPlan:
     """Validate a request against a backend and a batch, before anything is computed.
 
@@ -185,6 +231,8 @@ def plan(
     if start is not None:
         start = _check_start(start, batch, backend, stop_after)
     _check_cache(backend, cache, keep_cache, start is not None or stop_after is not None)
+    if packed is not None:
+        _check_packed(backend, batch, packed, cache, start, edits)
     reach = _Reach(backend, start.layer if start else 0, start is not None, stop_after, logits)
     if not isinstance(capture, Capture):
         capture = Capture(capture, positions=positions)
@@ -203,6 +251,7 @@ def plan(
         cache=cache,
         keep_cache=keep_cache,
         lean=lean,
+        packed=packed,
     )
 
 
@@ -317,6 +366,26 @@ def _check_cache(backend: Backend, cache: Cache | None, keep: bool, partial: boo
         raise ConfigError(
             "keep_cache=True needs every block to run: leave out start and stop_after"
         )
+
+
+def _check_packed(
+    backend: Backend,
+    batch: TokenBatch,
+    packed: Packed,
+    cache: Cache | None,
+    start: Start | None,
+    edits: Sequence[Edit],
+) -> None:
+    if Capability.PACKED not in backend.capabilities:
+        raise CapabilityError(backend.why_lacking(Capability.PACKED))
+    tokens = sum(piece.size for piece in packed.pieces)
+    if batch.ids.shape != (1, tokens) or start is None or cache is None:
+        raise ConfigError(
+            f"packed rows need one row of their {tokens} tokens, a start and a cache; this batch "
+            f"is {list(batch.ids.shape)}"
+        )
+    if any(Site.parse(edit.site).pos_axis == 2 for edit in edits):
+        raise CapabilityError("scores and patterns cannot be edited in packed rows; run them apart")
 
 
 def _check_start(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from layerscope.errors import ConfigError, SiteError
 from layerscope.interventions.patching.cells import Cell, Patch, site_of
-from layerscope.interventions.patching.engine import Read, edit_of, run_cells
+from layerscope.interventions.patching.climbs import edit_of
+from layerscope.interventions.patching.engine import Read, run_cells
 from layerscope.interventions.patching.pairs import batch_of
 from layerscope.interventions.patching.recording import Recording, record
 from layerscope.interventions.patching.tiles import DEFAULT_BUDGET

@@ -11,11 +11,14 @@ import torch
 
 from layerscope.errors import ConfigError
 from layerscope.interventions.patching.cells import Cell, Patch, step_of
+from layerscope.interventions.patching.packed import packable
 from layerscope.interventions.patching.pairs import TokenPair, batch_of
 from layerscope.interventions.patching.sweeps import Node
 from layerscope.interventions.patching.tiles import (
     DEFAULT_BUDGET,
     bytes_per_token,
+    loads_of,
+    packed_tokens,
     shape_of,
     tiles_of,
     tokens_by_layer,
@@ -99,7 +102,7 @@ def cost_of(
     budget: int = DEFAULT_BUDGET,
     whole: bool = False,
 ) -> Cost:
-    """Return what a sweep over a pair computes; runs nothing.
+    """Return what a sweep over a pair computes.
 
     Args:
         whole: a metric needs the logits of the whole vocabulary.
@@ -135,7 +138,10 @@ def cost_of_cells(
     budget: int = DEFAULT_BUDGET,
     whole: bool = False,
 ) -> Cost:
-    """Return what cells on a recording of some length compute; their values are not looked at."""
+    """Return what cells on a recording of some length compute; their values are not looked at.
+
+    Whether the model takes packed rows is tried, once, with one short pass.
+    """
     shape = shape_of(model, n_columns, budget)
     columns = Capability.CACHE in model.backend.capabilities
     found = [
@@ -143,11 +149,15 @@ def cost_of_cells(
         for at, cell in enumerate(cells)
     ]
     steps = [step for step in found if step is not None]
-    passes = [
-        one
-        for tile in tiles_of(steps, shape)
-        for one in tokens_by_layer(tile.steps, tile.column, shape)
-    ]
+    several = columns and len({step.column for step in steps}) > 1
+    if several and packable(model, n_columns):
+        passes = [one for load in loads_of(steps, shape) for one in packed_tokens(load, shape)]
+    else:
+        passes = [
+            one
+            for tile in tiles_of(steps, shape)
+            for one in tokens_by_layer(tile.steps, tile.column, shape)
+        ]
     width = model.dtype.itemsize
     kept = recorded * model.n_layers * width * (model.d_model * 3)
     largest = max((tokens for _, tokens in passes), default=0)

@@ -112,6 +112,41 @@ def tiles_of(steps: Sequence[Step], shape: Shape) -> list[Tile]:
     return tiles[::-1]
 
 
+def loads_of(steps: Sequence[Step], shape: Shape) -> list[list[Step]]:
+    """Cut steps into batches of packed rows that fit the budget, neighbours together."""
+    ordered = sorted(steps, key=lambda step: (step.column, step.entry, step.first, step.index))
+    total = sum(shape.n_columns - step.column for step in ordered)
+    most = total / max(-(-total // shape.most_tokens), 1)
+    loads: list[list[Step]] = []
+    held = most
+    for step in ordered:
+        width = shape.n_columns - step.column
+        if held + width > most and held > 0:
+            loads.append([])
+            held = 0
+        loads[-1].append(step)
+        held += width
+    return loads
+
+
+def packed_tokens(load: Sequence[Step], shape: Shape) -> list[tuple[int, int]]:
+    """Return what packed rows compute: (blocks in one pass, tokens) of each of their passes."""
+    passes: list[tuple[int, int]] = []
+    joins = joins_of(load)
+    layers = sorted(joins)
+    tokens = 0
+    for place, layer in enumerate(layers):
+        above = [step for step in joins[layer] if step.entry > layer]
+        if above:
+            passes.append((1, sum(step.last - step.column + 1 for step in above)))
+        own = [step for step in joins[layer] if step.entry == layer]
+        tokens += sum(shape.n_columns - step.column for step in own)
+        stop = layers[place + 1] if place + 1 < len(layers) else shape.n_layers
+        if tokens:
+            passes.append((stop - layer, tokens))
+    return passes
+
+
 def tokens_by_layer(tile: Sequence[Step], column: int, shape: Shape) -> list[tuple[int, int]]:
     """Return what a tile computes: (blocks in one pass, tokens) of each of its passes."""
     passes: list[tuple[int, int]] = []

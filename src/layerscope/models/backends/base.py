@@ -25,6 +25,7 @@ class Capability(Enum):
 
     GRADIENTS = "gradients"
     CACHE = "key-value cache"
+    PACKED = "packed rows"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,12 @@ from layerscope.models.backends.huggingface.hooks import (
     narrowed,
     stopping_after,
 )
-from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe
+from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe, has_kernel
+from layerscope.models.backends.huggingface.packing import (
+    disprove_packing,
+    packed_inputs,
+    shortest_window,
+)
 from layerscope.models.backends.huggingface.points import Points
 from layerscope.models.backends.huggingface.quantised import capabilities_lost
 from layerscope.models.backends.huggingface.structure import Named, Structure, is_listed
@@ -40,7 +45,7 @@ from layerscope.readout.unembedding import Unembedding
 if TYPE_CHECKING:
     from layerscope.models.backends.base import NormChoice
     from layerscope.models.batches import TokenBatch
-    from layerscope.models.run import RunPlan
+    from layerscope.models.run import Packed, RunPlan
 
 # More than the windows of tiny models; the pattern must be right in and out of one.
 _PROBE_TOKENS = 8
@@ -57,15 +62,18 @@ class HuggingFaceBackend:
         self.model = model
         self.structure = structure
         self.info = _info(model, structure)
-        self.capabilities = frozenset(
-            {Capability.GRADIENTS, *({Capability.CACHE} if supports_cache(model) else ())}
-        ).difference(capabilities_lost(model))
+        held = {Capability.CACHE, Capability.PACKED} if supports_cache(model) else set[Capability]()
+        self.capabilities = frozenset({Capability.GRADIENTS, *held}).difference(
+            capabilities_lost(model)
+        )
         self._points = Points(structure, self.info, self._probe_kernels)
         self._resume = Resume([block.whole.module for block in structure.blocks])
         accepted = inspect.signature(structure.base.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
         # Why passes cannot be continued, "" where they can; None: not yet known.
         self._no_cache: str | None = None
+        # The same of packed rows.
+        self._no_packing: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +136,8 @@ class HuggingFaceBackend:
             raise ModelError("the model is in training mode, where dropout acts; call model.eval()")
         if plan.keep_cache or plan.cache is not None:
             self._require_cache()
+        if plan.packed is not None:
+            self._require_packing(plan.packed)
         batch = plan.batch
         if not self.structure.row.left_padding and batch.padding_side == "left":
             self._require_no_padding(batch)
@@ -137,6 +147,8 @@ class HuggingFaceBackend:
             carrier.module for carrier in carriers if carrier.side not in ("input", "output")
         }
         blocks = self.structure.blocks
+        if plan.packed is not None:
+            kernels |= {block.attention.module for block in blocks}
         last = None if plan.stop_after is None else blocks[plan.stop_after].whole.module
         logits = cache = None
         with ExitStack() as stack:
@@ -223,6 +235,8 @@ class HuggingFaceBackend:
 
     def _inputs(self, plan: RunPlan) -> dict[str, Any]:
         batch = plan.batch
+        if plan.packed is not None:
+            return packed_inputs(plan, self.device)
         inputs: dict[str, Any] = {
             "input_ids": batch.ids.to(self.device),
             "use_cache": plan.keep_cache or plan.cache is not None,
@@ -282,6 +296,30 @@ class HuggingFaceBackend:
                 f"{self.info.family} cannot continue from stored keys and values: "
                 f"{self._no_cache}; run the whole sequence instead"
             )
+
+    def _require_packing(self, packed: Packed) -> None:
+        """Prove once that packed rows give what each gives alone.
+
+        Raises:
+            CapabilityError: they do not, or are longer than a window of this model.
+        """
+        if self._no_packing is None:
+            self._no_packing = ""  # lets the proof's own packed pass through
+            self._no_packing = self._disprove_packing()
+        limit = shortest_window(self.model)
+        too_long = limit is not None and packed.n_columns > limit
+        reason = f"its windows are of {limit} tokens" if too_long else self._no_packing
+        if reason:
+            raise CapabilityError(
+                f"{self.info.family} cannot run packed rows: {reason}; run rows of one width"
+            )
+
+    def _disprove_packing(self) -> str:
+        """Return why rows cannot be packed, "" where they can."""
+        blocks = self.structure.blocks
+        if not all(block.attends and has_kernel(block.attention.module) for block in blocks):
+            return "not every block takes an attention kernel from transformers' registry"
+        return disprove_packing(self)
 
     def _require_no_padding(self, batch: TokenBatch) -> None:
         if not bool(batch.attention_mask.all()):

@@ -97,6 +97,15 @@ class KeyValueCache:
         """Return the cache of the columns before one."""
         return self._map(self.mask[:, :column], lambda x: x[:, :, :column])
 
+    def past(self, block: int, rows: Sequence[int], column: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one block before a column, [row, kv_head, key, d]."""
+        layer = _layers(self._native)[block]
+        chosen = torch.tensor(list(rows))
+        if self._rows is not None:
+            chosen = self._rows[chosen]
+        keys, values = layer.keys[:, :, :column], layer.values[:, :, :column]
+        return _of_rows(keys, chosen), _of_rows(values, chosen)
+
     def _without_gaps(self) -> KeyValueCache:
         """Return the cache with every row's tokens moved to its last columns."""
         # A stable sort puts padding first and keeps the order of the tokens.

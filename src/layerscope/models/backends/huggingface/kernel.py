@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from layerscope.errors import CapabilityError
 from layerscope.models.backends.huggingface.hooks import Carrier, Recorder
+from layerscope.models.backends.huggingface.packing import packed_attention
 from layerscope.models.backends.recording import current_run
 from layerscope.models.identities import relative_error
 
@@ -166,6 +167,8 @@ def _tapped(
         query = run.visit(query_at, query)
     key = _visit_new(run, Carrier(module, "key"), key, n_new)
     value = _visit_new(run, Carrier(module, "value"), value, n_new)
+    if run.plan.packed is not None:
+        return packed_attention(kernel, module, (query, key, value), run.plan, args, kwargs)
     output = kernel(module, query, key, value, attention_mask, *args, **kwargs)
     scores_at, pattern_at = Carrier(module, "scores"), Carrier(module, "pattern")
     if not (run.wants(scores_at) or run.wants(pattern_at)):

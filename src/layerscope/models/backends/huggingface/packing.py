@@ -1,0 +1,155 @@
+"""Rows of different beginnings in one row of tokens: linear layers see them as one long row.
+
+Everything in a block but attention treats each token by itself. So rows that continue a cache at
+different positions need no padding to share a pass: they are laid one after the other, and the
+attention kernel is called once for each piece of equal rows, with the keys and values of its own
+past. The model's own mask is not used, so models with windows take part as long as rows are
+shorter than those. Every model is proved once before it may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from layerscope.errors import CapabilityError, LayerscopeError
+from layerscope.models.backends.huggingface.cache import KeyValueCache
+from layerscope.models.batches import TokenBatch
+from layerscope.models.identities import bound_of
+from layerscope.models.run import Capture, Packed, Piece, RunPlan, Start, plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
+
+_PROOF_TOKENS = 9
+
+
+def packed_inputs(given: RunPlan, device: torch.device) -> dict[str, Any]:
+    """Return what the model is called with; its mask is one that nothing looks at."""
+    assert given.packed is not None
+    return {
+        "input_ids": given.batch.ids.to(device),
+        "position_ids": given.packed.position_ids().to(device),
+        # Prepared masks of four axes are handed to the kernel as they are.
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
+        "use_cache": False,
+        "return_dict": True,
+    }
+
+
+def packed_attention(
+    kernel: Callable[..., Any],
+    module: nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    given: RunPlan,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Call a block's kernel once for each piece, with the past of its own rows.
+
+    Args:
+        heads: queries, keys and values of all tokens, [1, head, pos, d].
+    """
+    assert given.packed is not None and isinstance(given.cache, KeyValueCache)
+    block = getattr(module, "layer_idx", None)
+    if not isinstance(block, int) or options.get("position_bias") is not None:
+        raise CapabilityError("the attention of this model does not say which block it is in")
+    outputs: list[Tensor] = []
+    at = 0
+    for piece in given.packed.pieces:
+        query, key, value = (
+            part[0, :, at : at + piece.size].unflatten(1, (-1, piece.width)).transpose(0, 1)
+            for part in heads
+        )
+        at += piece.size
+        if piece.column:
+            keys, values = given.cache.past(block, piece.rows, piece.column)
+            key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        mask = _causal(piece, query)
+        output = kernel(module, query, key, value, mask, *args, **options)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        outputs.append(first.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _causal(piece: Piece, query: Tensor) -> Tensor:
+    """Return a mask to add, [1, 1, query, key]."""
+    shape = (piece.width, piece.column + piece.width)
+    hidden = torch.full(shape, torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+    return hidden.triu(piece.column + 1)[None, None]
+
+
+def shortest_window(model: PreTrainedModel) -> int | None:
+    """Return how many tokens any block of a model can see at least; None for all."""
+    # Families call it sliding_window, window_size, attention_chunk_size, ...; too small is safe.
+    settings: dict[str, Any] = model.config.get_text_config().to_dict()
+    words = ("window", "chunk")
+    found = [
+        size
+        for name, size in settings.items()
+        if any(word in name for word in words) and "pattern" not in name
+    ]
+    sizes = [size for size in found if isinstance(size, int) and not isinstance(size, bool)]
+    return min((size for size in sizes if size > 0), default=None)
+
+
+def disprove_packing(backend: HuggingFaceBackend) -> str:
+    """Return why packed rows are not what they are apart, "" where they are.
+
+    Two rows of tokens, each continued from several positions, against the plain pass.
+    """
+    n_tokens = min(_PROOF_TOKENS, backend.info.n_ctx or _PROOF_TOKENS)
+    known = min(backend.info.n_embeddings, backend.info.d_vocab)
+    ids = (torch.arange(2 * n_tokens).view(2, n_tokens) + 3) % known
+    limit = shortest_window(backend.model)
+    if limit is not None and limit < n_tokens:
+        return f"its windows are of {limit} tokens"
+    whole = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (n_tokens,) * 2)
+    middle = n_tokens // 2
+    pieces = (
+        Piece(0, (1,), n_tokens),
+        Piece(middle, (0, 1, 0), n_tokens - middle),
+        Piece(n_tokens - 1, (1, 0), 1),
+    )
+    sites = ("resid_pre.0", "final_norm")
+    try:
+        plain = backend.execute(plan(backend, whole, capture=sites, logits=None, keep_cache=True))
+        values = list(plain.activations.values())
+        first, last = (_packed(value, pieces) for value in values)
+        tokens = _packed(ids, pieces)
+        row = TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), (tokens.shape[1],))
+        request = plan(
+            backend,
+            row,
+            start=Start(0, first),
+            capture=Capture("final_norm"),
+            logits=None,
+            cache=plain.cache,
+            packed=Packed(pieces),
+        )
+        (found,) = backend.execute(request).activations.values()
+    except LayerscopeError as error:
+        return str(error)
+    # Foreign code: whatever it raises when given such rows means that it takes none.
+    except Exception as error:
+        return (
+            f"given packed rows, it raised {type(error).__name__}: {' '.join(str(error).split())}"
+        )
+    difference = float((found - last).abs().max() / last.abs().max())
+    if difference <= bound_of(backend.dtype):
+        return ""
+    return f"they differ from rows apart by {difference:.2g}, relatively"
+
+
+def _packed(values: Tensor, pieces: tuple[Piece, ...]) -> Tensor:
+    """Lay [row, pos, ...] out as the one row that pieces describe."""
+    parts = [
+        values[list(piece.rows), piece.column : piece.column + piece.width].flatten(0, 1)
+        for piece in pieces
+    ]
+    return torch.cat(parts)[None]

@@ -1,0 +1,130 @@
+"""Rows of different beginnings packed into one give what each gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import layerscope
+from layerscope.errors import CapabilityError, ConfigError
+from layerscope.models import Add, Capture, Start, TokenBatch
+from layerscope.models.run import Packed, Piece
+from support.loaded import EVERY, hf, loaded, state_of
+from support.tiny_models import tiny, tiny_tokenizer
+
+IDS = torch.tensor([[1, 17, 40, 5, 300, 251, 8, 90], [1, 99, 180, 7, 12, 44, 3, 260]])
+PIECES = (Piece(0, (1,), 8), Piece(3, (0, 1), 5), Piece(3, (0,), 2), Piece(7, (1, 0, 1), 1))
+
+
+def row_of(table):
+    parts = [
+        table[list(piece.rows), piece.column : piece.column + piece.width].flatten(0, 1)
+        for piece in PIECES
+    ]
+    return torch.cat(parts)[None]
+
+
+def batch_of(ids):
+    return TokenBatch.from_ids(ids.tolist())
+
+
+def taken(model, pieces=PIECES):
+    """Return a plain pass, or skip where packed rows are refused with a reason."""
+    plain = model.run(batch_of(IDS), capture=["resid_pre.*", "final_norm"], keep_cache=True)
+    try:
+        run_packed(model, plain, pieces)
+    except CapabilityError as refusal:
+        assert "cannot run packed rows" in str(refusal)
+        pytest.skip(str(refusal))
+    return plain
+
+
+def run_packed(model, plain, pieces=PIECES, layer=1, **options):
+    return model.run(
+        batch_of(row_of(IDS)),
+        start=Start(layer, row_of(plain[f"resid_pre.{layer}"])),
+        cache=plain.cache,
+        packed=Packed(pieces),
+        logits=None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_packed_rows_are_the_rows_apart(family):
+    model = loaded(family)
+    if "key-value cache" not in {held.value for held in model.backend.capabilities}:
+        pytest.skip("has no cache of keys and values")
+    plain = taken(model)
+    before = state_of(hf(model))
+    for layer in range(model.n_layers):
+        found = run_packed(model, plain, layer=layer, capture="final_norm")["final_norm"]
+        torch.testing.assert_close(found, row_of(plain["final_norm"]), rtol=1e-5, atol=1e-5)
+    assert state_of(hf(model)) == before
+
+
+def test_families_that_matter_take_packed_rows():
+    for family in ("llama", "gpt2", "olmo2", "gpt_neox", "qwen2", "qwen3_moe", "phi", "opt"):
+        model = loaded(family)
+        plain = model.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)
+        run_packed(model, plain, capture="resid_post.1", stop_after=1)
+
+
+@pytest.mark.parametrize("family", ("gemma2", "gemma3", "mistral", "cohere2", "gpt_oss", "olmo3"))
+def test_windows_that_are_wide_enough_change_nothing(family):
+    model = layerscope.load(tiny(family, sliding_window=64), tokenizer=tiny_tokenizer())
+    plain = model.run(batch_of(IDS), capture=["resid_pre.1", "final_norm"], keep_cache=True)
+    found = run_packed(model, plain, capture="final_norm")["final_norm"]
+    torch.testing.assert_close(found, row_of(plain["final_norm"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "olmo2", "gpt_neox"))
+def test_edits_and_captures_count_the_tokens_of_the_one_row(family):
+    model = loaded(family)
+    plain = taken(model)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    # Token 9 of the one row is position 4 of row 0.
+    packed = run_packed(
+        model,
+        plain,
+        edits=[Add("resid_pre.1", vector, positions=9)],
+        capture=Capture("final_norm", positions=[12, 17]),
+        lean=True,
+    )["final_norm"]
+    alone = model.run(
+        batch_of(IDS[:1]), edits=[Add("resid_pre.1", vector, positions=4)], capture="final_norm"
+    )["final_norm"]
+    torch.testing.assert_close(packed[0, 0], alone[0, 7], rtol=1e-5, atol=1e-5)
+    # The next row, though it stands beside it, has heard nothing.
+    untouched = plain["final_norm"][1, 7]
+    torch.testing.assert_close(packed[0, 1], untouched, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(packed[0, 0], plain["final_norm"][0, 7], atol=1e-2)
+
+
+def test_what_cannot_be_packed_is_refused():
+    model = loaded("llama")
+    plain = model.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)
+    with pytest.raises(ConfigError, match=r"one row of their 23 tokens.*this batch is \[2, 8\]"):
+        model.run(batch_of(IDS), packed=Packed(PIECES), cache=plain.cache)
+    with pytest.raises(CapabilityError, match="scores and patterns cannot be edited"):
+        edit = Add("attn.1.pattern", torch.zeros(1))
+        run_packed(model, plain, edits=[edit])
+    window = loaded("mistral")
+    plain = window.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)
+    with pytest.raises(CapabilityError, match="its windows are of 4 tokens"):
+        run_packed(window, plain)
+
+
+def test_a_model_whose_attention_sees_more_than_its_kernel_is_refused():
+    model = layerscope.load(tiny("llama"), tokenizer=tiny_tokenizer())
+    plain = model.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)
+    attention = hf(model).model.layers[0].self_attn
+    original = attention.forward
+
+    def mixing(hidden_states, **options):
+        output, weights = original(hidden_states, **options)
+        return output + output.mean(dim=1, keepdim=True), weights
+
+    attention.forward = mixing
+    with pytest.raises(CapabilityError, match="differ from rows apart by"):
+        run_packed(model, plain)
