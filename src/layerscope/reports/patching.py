@@ -39,7 +39,7 @@ def write_patching(outcome: Outcome, path: Path) -> Path:
     return write_page(
         path,
         title="Activation patching",
-        kicker=str(provenance.get("model", {}).get("name", "")),
+        kicker=str(provenance["model_name"]),
         verdict=_verdict(summary, toward),
         sections=sections,
         provenance=provenance,
@@ -55,7 +55,7 @@ def _verdict(summary: dict[str, Any], toward: str) -> str:
         return "No recovery exists: both runs give the same number in every pair."
     return (
         f"Patching {_name(best)} moves {summary['metric']} by {share:.0%} of the way to the "
-        f"{toward} run, on average over {best['pairs']} pairs."
+        f"{toward} run, on average over {_count(best['pairs'], 'pair')}."
     )
 
 
@@ -142,7 +142,7 @@ def _map(cells: pl.DataFrame, across: str, caption: str) -> HeatMap:
             [
                 ""
                 if row is None
-                else f"{_name(row)}: value {row['mean_value']:.4g}, {row['pairs']} pairs"
+                else f"{_name(row)}: value {row['mean_value']:.4g}, {_count(row['pairs'], 'pair')}"
                 for row in rows
             ]
         )
@@ -207,3 +207,7 @@ def _unit_name(row: dict[str, Any]) -> str:
 def _name(row: dict[str, Any]) -> str:
     token = f" ({row['token'].strip()})" if row["token"] else ""
     return f"{_unit_name(row)} at {row['place']}{token}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

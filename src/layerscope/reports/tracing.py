@@ -40,7 +40,7 @@ def write_tracing(outcome: Outcome, path: Path) -> Path:
     return write_page(
         path,
         title="Causal tracing",
-        kicker=str(outcome.provenance.get("model", {}).get("name", "")),
+        kicker=str(outcome.provenance["model_name"]),
         verdict=_verdict(summary),
         sections=sections,
         provenance=outcome.provenance,
@@ -91,7 +91,7 @@ def _grids(restore: str, cells: pl.DataFrame, summary: dict[str, Any]) -> Sectio
         small.append(_map(own, "position", positions, [names[at] for at in positions], fact))
     parts.append(Multiples(small))
     lead = f"Indirect effect: what a restoration adds to the noisy run's {summary['metric']}."
-    return Section(NAMES[restore].capitalize(), parts, lead)
+    return Section(NAMES[restore][0].upper() + NAMES[restore][1:], parts, lead)
 
 
 def _map(cells: pl.DataFrame, key: str, rows: list[Any], names: list[str], caption: str) -> HeatMap:

@@ -211,6 +211,7 @@ def execute(
             model,
             config.to_dict(),
             watch,
+            model_name=model.name,
             plan={
                 **planned.cost.to_dict(),
                 "predicted_seconds": planned.seconds,

@@ -287,6 +287,7 @@ def execute_trace(
             model,
             config.to_dict(),
             watch,
+            model_name=model.name,
             plan={**planned.cost.to_dict(), "text": planned.describe()},
             noise=planned.noise,
         ),
