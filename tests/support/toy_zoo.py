@@ -24,7 +24,7 @@ BETA = 60.0
 class ZooToy:
     model: LanguageModel
 
-    def contrast(self, metric: str = "logit", direction: str = "noising") -> Contrast:
+    def contrast(self, metric: str = "logit", direction: str = "noise") -> Contrast:
         answers = torch.tensor([YES])
         measure = (
             LogitDifference(answers, torch.tensor([NO]))
