@@ -35,9 +35,7 @@ def compare(
     lens: Annotated[
         str | None, typer.Option("--lens", help="Lens whose facts are shown. Default: norm.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page to this file.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page to this file.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
