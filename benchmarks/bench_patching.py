@@ -21,7 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, Report, Timing, interleave, peak_rss_bytes, set_threads
+from benchmarks.harness import (
+    RESULTS,
+    Report,
+    Timing,
+    interleave,
+    paired_ratio,
+    peak_rss_bytes,
+    set_threads,
+)
 from benchmarks.models import gpt2_12x768, llama_12x768
 
 MODELS: dict[str, Callable[[], Path]] = {"llama": llama_12x768, "gpt2": gpt2_12x768}
@@ -144,9 +152,9 @@ def _resid(report: Report, name: str, tokens: int) -> None:
         OURS: partial(ours, "default", OURS),
         CHECKED: partial(ours, "checked", CHECKED),
     }
-    timings = interleave(contenders, rounds=1 if long else 3, warmup=0 if long else 1)
-    for label in (OURS, CHECKED) if long else ():
-        timings[label] = interleave({label: contenders[label]}, rounds=2, warmup=0)[label]
+    first = {label: contenders.pop(label) for label in (ONE,)}
+    timings = interleave(first, rounds=1 if long else 2, warmup=0 if long else 1)
+    timings |= interleave(contenders, rounds=2 if long else 5, warmup=0 if long else 1)
     timings = {
         ONE: _times(timings[ONE], every),
         BATCHED: _times(timings[BATCHED], n_layers / layers_timed),
@@ -188,7 +196,7 @@ def _settle(
             sampled=f"one in {share}" if share > 1 else "all",
         )
     report.claim(f"largest difference to single forwards, {job}", errors[OURS], 1e-4)
-    ratio = timings[BATCHED].median / timings[OURS].median
+    ratio = paired_ratio(timings, BATCHED, OURS)
     report.claim(f"faster than positions batched per layer, {job}", ratio, 3.0, at_most=False)
     if PEER in found:
         ratio = timings[PEER].median / timings[OURS].median
@@ -433,7 +441,7 @@ def _peak(what: str) -> None:
             model.backend.model(input_ids=corrupt.expand(64, -1), use_cache=True, logits_to_keep=1)
     else:
         _ours(model, clean, corrupt, "default")
-    print(peak_rss_bytes() - before)
+    print(peak_rss_bytes() - before)  # the last word of this process
 
 
 def _times(timing: Timing, factor: float) -> Timing:
