@@ -211,6 +211,13 @@ def test_frozen_and_total_differ_and_frozen_norms_stay_frozen(family: str) -> No
     assert difference > 1e-3 * total["gradient"].abs().max()  # type: ignore[operator]
 
 
+def test_a_norm_behind_the_mlp_is_not_said_to_be_held() -> None:
+    state = state_of("gemma2")
+    with pytest.raises(CapabilityError, match="norm behind the MLP"):
+        discover(state, DiscoverOptions(variant="frozen"))
+    assert discover(state, DiscoverOptions(variant="linear")).height
+
+
 def test_central_differences_agree_with_the_gradient() -> None:
     state = state_of("llama")
     edges = discover(state, DiscoverOptions(top_k=8))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from layerscope.features.pathways.verdicts import RATIO, bh
+from layerscope.features.pathways import verdicts
+from layerscope.features.pathways.verdicts import bh
 
 PAIR = ("space", "source_layer", "source_id", "target_layer", "target_id")
 _EXACT = 12  # prompts up to which all flips of signs are gone through
@@ -38,25 +39,7 @@ def settle(edges: pl.DataFrame, doses: pl.DataFrame, *, fdr: float) -> pl.DataFr
         .agg(signs=(pl.col("predicted") * pl.col("actual") > 0).all())
     )
     table = edges.join(agree, on=list(_EDGE), how="left", maintain_order="left")
-    table = table.with_columns(q=pl.Series(bh(table["p"].to_list()), dtype=pl.Float64))
-    null = pl.col("null_quantile")
-    refuted = (
-        ~pl.col("signs")
-        | (null.is_not_null() & (pl.col("actual").abs() <= null))
-        | (pl.col("q").is_not_null() & (pl.col("q") >= fdr))
-    )
-    verdict = (
-        pl.when(pl.col("ratio").is_null())
-        .then(pl.lit("undetermined"))
-        .when(refuted)
-        .then(pl.lit("refuted"))
-        .when(pl.col("p").is_null())
-        .then(pl.lit("undetermined"))
-        .when(pl.col("ratio").is_between(*RATIO))
-        .then(pl.lit("confirmed"))
-        .otherwise(pl.lit("nonlinear"))
-    )
-    return table.with_columns(verdict=verdict).drop("signs")
+    return verdicts.settle(table, fdr=fdr).drop("signs")
 
 
 def over_prompts(edges: pl.DataFrame, *, dedup: str = "sum", seed: int = 0) -> pl.DataFrame:

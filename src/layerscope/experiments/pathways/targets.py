@@ -109,6 +109,7 @@ class States:
             self._targets,
             prompt_id=prompt.id,
             keep_reads=work.config.error == "frozen",
+            other_model=work.config.allow_mismatch,
         )
         self.bytes_read += state.bytes_read
         return state

@@ -19,11 +19,22 @@ from torch import Tensor
 from layerscope.errors import CapabilityError, ConfigError, nearest
 from layerscope.features.pathways.state import PromptState
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
-from layerscope.models import Apply, Capture, Edit, EditContext, Replace, Site, Start, TokenBatch
+from layerscope.models import (
+    Apply,
+    Capture,
+    Edit,
+    EditContext,
+    Replace,
+    Scale,
+    Site,
+    Start,
+    TokenBatch,
+)
 from layerscope.models.edits import EditFunction
 
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
+_AFFINE = 0.05  # far above rounding in half precision, far below what a norm does
 
 
 class Pullback:
@@ -131,6 +142,7 @@ class Pullback:
         if self.variant == "linear":
             edits.append(Apply(f"mlp_out.{block}", lambda _v, _c: values["mlp_out"]))
             return edits
+        self._require_plain_mlp_output(block)
         second = self._norm(block, mlp_reads, "mlp_in", values[mlp_reads], values["mlp_in"])
         if parallel:
             edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, below)))
@@ -139,6 +151,37 @@ class Pullback:
             edits.append(Apply(f"resid_mid.{block}", _remember(middle)))
             edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, middle["value"])))
         return edits
+
+    def _require_plain_mlp_output(self, block: int) -> None:
+        """Refuse a norm behind the MLP: it would stay live in a variant that says it is held.
+
+        What is written must be affine in the neurons: their double moves it twice as far from what
+        their absence leaves.
+        """
+        neurons = Site("mlp.post", block)
+        why = self.model.backend.why_not(neurons) or self.model.backend.why_not_edit(neurons)
+        if why is None:
+            none, once, twice = (
+                self._written(block, neurons, factor) for factor in (0.0, 1.0, 2.0)
+            )
+            size = (once - none).abs().max().clamp_min(torch.finfo(once.dtype).tiny)
+            if float((twice - 2 * once + none).abs().max() / size) < _AFFINE:
+                return
+            why = "a norm behind the MLP cannot be held"
+        raise CapabilityError(f"variant 'frozen' in block {block}: {why}; use 'total' or 'linear'")
+
+    def _written(self, block: int, neurons: Site, factor: float) -> Tensor:
+        site = f"mlp_out.{block}"
+        below = self.state.residuals[block : block + 1, : self.n_positions]
+        found = self.model.run(
+            self.batch,
+            start=Start(block, below),
+            stop_after=block,
+            capture=site,
+            edits=[Scale(neurons, factor)],
+            logits=None,
+        )
+        return found[site][0].detach().float()
 
     def _values(self, block: int, mlp_reads: str) -> dict[str, Tensor]:
         """Return sites of one block at their clean values; those that do not exist are left out."""

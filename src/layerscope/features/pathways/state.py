@@ -146,6 +146,7 @@ class PromptState:
         prompt_id: str = "0",
         keep_reads: bool = False,
         sources: bool = True,
+        other_model: bool = False,
     ) -> PromptState:
         """Run the prompt once, and read every dictionary once.
 
@@ -158,6 +159,7 @@ class PromptState:
             keep_reads: keep read rows of active features too (to pull gradients back through the
                 dictionaries themselves).
             sources: gather active features; without, only the targets' rows are read.
+            other_model: accept dictionaries made for a model of another name.
 
         Raises:
             DictionaryError: a dictionary does not fit, is no autoencoder of the residual stream,
@@ -168,7 +170,7 @@ class PromptState:
         if len(batch) != 1:
             raise PromptError(f"pathways look at one prompt at a time, not {len(batch)}")
         for dictionary in dictionaries:
-            dictionary.require_model(model)
+            dictionary.require_model(model, other_model=other_model)
             residual_row(dictionary)
         residuals, cache = _run(model, batch)
         wanted: dict[int, list[tuple[int, Target]]] = defaultdict(list)

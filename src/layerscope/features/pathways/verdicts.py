@@ -79,10 +79,7 @@ def judge(
         size = abs(main - 1.0) * value * length
         summary.append(_edge(edge, found, main, size, nulls, floor, threshold))
     table = pl.concat([edges, pl.DataFrame(summary, schema=_ADDED, orient="row")], how="horizontal")
-    table = table.with_columns(q=pl.Series(bh(table["p"].to_list()), dtype=pl.Float64))
-    verdict = [_verdict(row) for row in table.iter_rows(named=True)]
-    table = table.with_columns(verdict=pl.Series(verdict, dtype=pl.String)).drop("floor", "signs")
-    return table, pl.DataFrame(detail)
+    return settle(table).drop("floor", "signs"), pl.DataFrame(detail)
 
 
 _ADDED: dict[str, Any] = {
@@ -131,17 +128,33 @@ def _edge(
     }
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    if abs(row["predicted"]) <= row["floor"]:
-        return "undetermined"
-    if not row["signs"]:
-        return "refuted"
-    above = row["null_quantile"] is None or abs(row["actual"]) > row["null_quantile"]
-    if not above or (row["q"] is not None and row["q"] >= FDR):
-        return "refuted"
-    if row["p"] is None:
-        return "undetermined"
-    return "confirmed" if RATIO[0] <= row["ratio"] <= RATIO[1] else "nonlinear"
+def settle(table: pl.DataFrame, *, fdr: float = FDR) -> pl.DataFrame:
+    """Return replayed edges with q over all of them, and the verdicts that follow.
+
+    Args:
+        table: with ``signs``: whether signs agree at all doses. ``ratio`` is null where the
+            prediction is below what can be measured.
+        fdr: level of q.
+    """
+    table = table.with_columns(q=pl.Series(bh(table["p"].to_list()), dtype=pl.Float64))
+    null = pl.col("null_quantile")
+    refuted = (
+        ~pl.col("signs")
+        | (null.is_not_null() & (pl.col("actual").abs() <= null))
+        | (pl.col("q").is_not_null() & (pl.col("q") >= fdr))
+    )
+    verdict = (
+        pl.when(pl.col("ratio").is_null())
+        .then(pl.lit("undetermined"))
+        .when(refuted)
+        .then(pl.lit("refuted"))
+        .when(pl.col("p").is_null())
+        .then(pl.lit("undetermined"))
+        .when(pl.col("ratio").is_between(*RATIO))
+        .then(pl.lit("confirmed"))
+        .otherwise(pl.lit("nonlinear"))
+    )
+    return table.with_columns(verdict=verdict)
 
 
 def bh(p: Sequence[float | None]) -> list[float | None]:
