@@ -94,7 +94,11 @@ def regressed(
     cross = xy / count - mean_x[:, :, None] * mean_y[:, None]
     ridge = _RIDGE * cov.diagonal(dim1=1, dim2=2).mean(1)
     cov.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    map_ = torch.linalg.solve(cov, cross)  # rows: y = x @ map_
+    # One layer at a time: a batched LU hangs in torch 2.13 with MKL and more than one thread.
+    factors = [torch.linalg.cholesky(one) for one in cov]
+    map_ = torch.stack(  # rows: y = x @ map_
+        [torch.cholesky_solve(one, factor) for one, factor in zip(cross, factors, strict=True)]
+    )
     started = {name: tensor.clone() for name, tensor in like.items()}
     if "weight" in started:
         started["weight"] = map_.transpose(1, 2).float().contiguous()
