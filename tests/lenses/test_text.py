@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import polars as pl
@@ -134,3 +135,11 @@ def test_contexts_beyond_the_model_are_refused(tmp_path: Path) -> None:
         read_corpus(source, loaded("llama"), replace(DATA, context=4))
     with pytest.raises(ConfigError, match="tokens is 0"):
         DataConfig(tokens=0)
+
+
+def test_the_embedded_models_own_kind_of_text_is_the_same_every_time() -> None:
+    train, validation = TextSource("layerscope-demo"), TextSource("layerscope-demo", split="test")
+    assert train.kind == "demo" and not train.continuous
+    one, again, other = (list(islice(s.documents(), 200)) for s in (train, train, validation))
+    assert one == again and all(text.strip() for text in one)
+    assert len(set(one) & set(other)) < 20

@@ -53,7 +53,11 @@ ModelArgument = Annotated[
 ]
 TextOption = Annotated[
     str,
-    typer.Option("--text", help="Plain text, .jsonl, .parquet, or a Hugging Face dataset."),
+    typer.Option(
+        "--text",
+        help="Plain text, .jsonl, .parquet, or a Hugging Face dataset. layerscope-demo: text like "
+        "that of the embedded model's training.",
+    ),
 ]
 FieldOption = Annotated[str, typer.Option("--field", help="Field of a record that is the text.")]
 SplitOption = Annotated[str, typer.Option("--split", help="Split of a Hugging Face dataset.")]

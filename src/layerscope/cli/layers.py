@@ -105,6 +105,15 @@ def layers(
             "blocks, what a tuned lens does): none, standard or full.",
         ),
     ] = "standard",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            help="Held-out text for these checks: a plain file, .jsonl, .parquet, or a Hugging "
+            "Face dataset. Default: a page of prose, or, where the model does not read it, its own "
+            "continuations of the prompts.",
+        ),
+    ] = None,
     instruct: Annotated[
         bool | None,
         typer.Option(
@@ -152,6 +161,7 @@ def layers(
         system=system,
         task=task,
         diagnostics=diagnostics,  # pyright: ignore[reportArgumentType]  # checked by the config
+        text=text,
         run_products=products,
     )
     chosen = PromptSet.builtin() if prompts is None else PromptSet.from_file(prompts)

@@ -34,7 +34,8 @@ class LayersConfig:
     message. `task` names the task template that a prompt's text goes into; the default,
     `completion`, adds nothing.
     `diagnostics` asks for the checks that need the model again after the table is made: `standard`
-    or `full`; they become sections of the summary.
+    or `full`; they become sections of the summary. `text` is the held-out text that some of them
+    read: a plain file, JSON lines, Parquet, or what else a `TextSource` takes.
     Batch and tile sizes do not change a result beyond rounding, but they are part of the
     configuration because the same bytes are promised only for the same configuration.
     """
@@ -48,6 +49,7 @@ class LayersConfig:
     top_k: int = 20
     measures: MeasureConfig = field(default_factory=MeasureConfig)
     diagnostics: Literal["none", "standard", "full"] = "none"
+    text: str | None = None
     products: Literal["default", "checked"] = "checked"
     run_products: Literal["default", "checked"] = "default"
     passes_per_batch: int = 32
@@ -66,6 +68,8 @@ class LayersConfig:
                 f"unknown diagnostics {self.diagnostics!r}"
                 f"{nearest(self.diagnostics, DIAGNOSTICS)}; use none, standard or full"
             )
+        if self.text is not None and self.diagnostics == "none":
+            raise ConfigError("text is what diagnostics read; ask for standard or full ones")
         if self.format not in PROMPT_FORMATS:
             raise ConfigError(
                 f"unknown format {self.format!r}{nearest(self.format, PROMPT_FORMATS)}; "
@@ -106,5 +110,5 @@ class LayersConfig:
 
     def content(self) -> dict[str, Any]:
         """Return what decides the bytes of a table: all but where fitted lenses lie, and checks."""
-        other = ("artifacts", "diagnostics")
+        other = ("artifacts", "diagnostics", "text")
         return {name: value for name, value in self.to_dict().items() if name not in other}

@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from layerscope.errors import ConfigError
 from layerscope.experiments import provenance
 from layerscope.experiments.layers.calibrate import (
     Calibrated,
@@ -23,6 +24,7 @@ from layerscope.experiments.layers.prompts import PromptSet
 from layerscope.experiments.units import Progress, UnitStore
 from layerscope.lenses.base import Lens
 from layerscope.lenses.find import FoundLens, find_lenses
+from layerscope.lenses.fitting.text import TextSource
 from layerscope.measures.copy import with_copy_flags
 from layerscope.measures.summary import summarise
 from layerscope.measures.table import LayersTable, PromptInfo, TableMeta, conform, prompt_from_dict
@@ -89,6 +91,7 @@ def analyze(
         progress: called with (passes done, passes in all).
 
     Raises:
+        ConfigError: the text for the diagnostics cannot be read.
         LensError: a fitted lens is missing, or does not fit the model.
         PromptError: a prompt is empty or too long. AlignmentError: an answer does not follow its
             prompt in whole tokens. Both before anything is computed.
@@ -103,6 +106,8 @@ def plan(
     """Align, tokenise and cut into work units; raises what `analyze` raises."""
     prompts = prompts or PromptSet.builtin()
     config = config or LayersConfig()
+    if config.text is not None and next(TextSource(config.text).documents(), None) is None:
+        raise ConfigError(f"{config.text} holds no text; give text for the diagnostics to read")
     prepared = prepare(model, prompts.passes(), config)
     found = find_lenses(config.lenses, model, norm=config.norm_choice, artifacts=config.artifacts)
     calibration = plan_calibration(prepared, found, model, config)
@@ -157,7 +162,8 @@ def _diagnostics(planned: Plan, table: LayersTable, units: UnitStore | None) -> 
         return {}
     from layerscope.experiments.layers.diagnostics import diagnose
 
-    return diagnose(planned, planned.lenses, table, level=planned.config.diagnostics, units=units)
+    level, text = planned.config.diagnostics, planned.config.text
+    return diagnose(planned, planned.lenses, table, level=level, text=text, units=units)
 
 
 def _unit(

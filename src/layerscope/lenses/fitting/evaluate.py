@@ -62,8 +62,9 @@ def judge(
     """Say whether a lens beats its baselines at 25, 50 and 75% depth.
 
     Returns:
-        ``improves`` (None where the figures are not finite), the figures at each depth, and
-        ``failures``: one line for each depth and baseline that it does not beat.
+        ``improves``, the figures at each depth, and ``failures``: one line for each depth and
+        baseline that it does not beat. The last row, where all lenses are the model (75% of one
+        block), is left out.
     """
     at: dict[str, dict[str, float]] = {}
     failures: list[str] = []
@@ -74,6 +75,6 @@ def judge(
             f"{name} does not improve on {baseline} at {depth} depth (row {row}): "
             f"{at[depth][name]:.3f} against {at[depth][baseline]:.3f} bits"
             for baseline in names[1:]
-            if not at[depth][name] < at[depth][baseline]
+            if row < n_layers and not at[depth][name] < at[depth][baseline]
         ]
     return {"improves": not failures, "at": at, "failures": failures}

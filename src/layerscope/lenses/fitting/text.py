@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ LONGEST_LINE = 16_384
 PARQUET_ROWS = 512
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+DEMO = "layerscope-demo"  # as a location: what the embedded model was trained on
+DEMO_DOCUMENTS = 200_000  # some 8 million of its tokens; its grammar would go on for ever
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class TextSource:
 
     Attributes:
         location: a file (``.jsonl`` and ``.parquet`` by their suffix, anything else is plain text)
-            or the name or folder of a Hugging Face dataset.
+            or the name or folder of a Hugging Face dataset; `layerscope-demo` is text like that
+            which the embedded model was trained on, made as it is read.
         field: which field or column of a record holds the text.
-        split: which split of a Hugging Face dataset.
+        split: which split of a Hugging Face dataset; of `layerscope-demo`, anything but "train" is
+            its validation text.
     """
 
     location: str
@@ -34,10 +39,10 @@ class TextSource:
 
     @property
     def kind(self) -> str:
-        """ "plain", "jsonl", "parquet" or "dataset"."""
+        """ "plain", "jsonl", "parquet", "dataset" or "demo"."""
         path = Path(self.location)
         if not path.is_file():
-            return "dataset"
+            return "demo" if self.location == DEMO and not path.exists() else "dataset"
         if path.suffix in PARQUET_SUFFIXES:
             return "parquet"
         return "jsonl" if path.suffix in JSON_SUFFIXES else "plain"
@@ -58,6 +63,7 @@ class TextSource:
             "jsonl": self._jsonl,
             "parquet": self._parquet,
             "dataset": self._dataset,
+            "demo": self._demo,
         }
         for text in readers[self.kind]():
             if text.strip():
@@ -140,6 +146,13 @@ class TextSource:
             ) from error
         for record in cast("Iterable[Any]", found):
             yield self._text_of(record, self.location)
+
+    def _demo(self) -> Iterator[str]:
+        from layerscope.demo.corpus import SEED, documents
+
+        made = documents(SEED, validation=self.split != "train")
+        for document in islice(made, DEMO_DOCUMENTS):
+            yield document.text
 
     def _check_field(self, names: Iterable[str], where: str) -> None:
         known = list(names)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import layerscope
-from layerscope.experiments.layers import Fact, LayersConfig
+from layerscope.errors import ConfigError
+from layerscope.experiments.layers import Fact, LayersConfig, PromptSet, execute, plan
 from layerscope.experiments.layers.diagnostics.heldout import held_out
 from layerscope.experiments.layers.diagnostics.scoring import score
 from layerscope.experiments.layers.diagnostics.skip_layers import skip_layers_sanity
@@ -39,6 +40,40 @@ def test_a_given_file_is_taken_with_a_warning_where_it_says_nothing(tmp_path: Pa
     file.write_text("".join(letters))
     text = held_out(material(demo(), text=str(file)))
     assert text.source == str(file) and "means little" in text.notes[0]
+
+
+def test_text_of_the_embedded_models_own_kind_is_read_without_a_warning() -> None:
+    text = held_out(material(demo(), text="layerscope-demo"))
+    assert text.source == "layerscope-demo" and text.notes == ()
+    assert text.tokens >= FEW.text_tokens
+
+
+def test_a_file_that_a_lens_was_fitted_on_is_no_held_out_text(tmp_path: Path) -> None:
+    file, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    for place in (file, other):
+        place.write_text("Q: What is the capital of Italy?\nA: Rome\n" * 30)
+    run = material(demo(), text=str(file))
+    fitted = {"tuned": {"corpus": {"location": str(file)}}}
+    run.table = replace(run.table, meta=replace(run.table.meta, lenses=fitted))
+    assert ["what tuned was fitted on" in line for line in held_out(run).notes] == [True]
+    run.text = str(other)
+    assert held_out(run).notes == ()
+
+
+def test_a_run_hands_its_text_to_the_checks(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Q: What is the capital of Italy?\nA: Rome\n" * 30)
+    prompts = PromptSet("one", FACTS[:1])
+    config = LayersConfig(diagnostics="standard", text=str(file))
+    found = execute(plan(demo(), prompts, config)).summary["diagnostics"]
+    assert found["skip_layers_sanity"]["text"]["source"] == str(file)
+    file.write_text("  ")
+    with pytest.raises(ConfigError, match="holds no text"):
+        plan(demo(), prompts, config)
+    with pytest.raises(ConfigError, match=r"missing\.txt. is n"):
+        plan(demo(), prompts, replace(config, text=str(tmp_path / "missing.txt")))
+    with pytest.raises(ConfigError, match="diagnostics"):
+        replace(config, diagnostics="none")
 
 
 def test_scores_are_the_models_own_cross_entropy() -> None:

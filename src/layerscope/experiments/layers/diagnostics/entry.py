@@ -81,7 +81,7 @@ def diagnose(
         lenses: those it was decoded with.
         table: its rows.
         level: "standard" (eight passes, 2048 tokens of text) or "full".
-        text: held-out text (plain, JSON lines or Parquet); a page of prose by default.
+        text: held-out text, as a `TextSource` takes it; a page of prose by default.
         units: where finished sections are kept, so that a killed run goes on after the last one.
         progress: called with (sections done, sections in all).
 
@@ -123,6 +123,11 @@ def _kept(units: UnitStore | None, key: str) -> Section | None:
 
 def _key(planned: Plan, name: str, settings: Settings, text: str | Path | None) -> str:
     # The keys of the run's own units cover configuration, prompts, lenses, weights and versions.
-    source = None if text is None else [str(text), sha256_file(Path(text))]
+    source = None if text is None else [str(text), _digest(Path(text))]
     units = [unit.key for unit in planned.units]
     return work_key("layers.diagnostics", name, settings.to_dict(), source, units)
+
+
+def _digest(path: Path) -> str | None:
+    # The name of a dataset stands for itself.
+    return sha256_file(path) if path.is_file() else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +64,8 @@ def held_out(material: Material) -> HeldOut:
     notes: list[str] = []
     if material.text is not None:
         source = material.text
-        sequences = _cut(material, TextSource(source).documents(), length)
+        sequences = _cut(material, _source(source).documents(), length)
+        notes += _seen(material, source)
         if (bits := _bits(material, sequences)) > _most_bits(material):
             notes.append(
                 f"the model spends {bits:.1f} bits on a token of {source}, hardly fewer than on a "
@@ -81,6 +83,27 @@ def held_out(material: Material) -> HeldOut:
     size = max(1, fits // length)
     batches = [tuple(sequences[at : at + size]) for at in range(0, len(sequences), size)]
     return HeldOut(tuple(batches), source, tuple(notes))
+
+
+def _source(location: str) -> TextSource:
+    source = TextSource(location)
+    return replace(source, split="validation") if source.kind == "demo" else source
+
+
+def _seen(material: Material, source: str) -> list[str]:
+    """Say which lenses were fitted on this very file."""
+    path = Path(source)
+    if not path.is_file():
+        return []
+    seen: list[str] = []
+    for name, facts in material.table.meta.lenses.items():
+        corpus: Any = facts.get("corpus") or {}
+        location = str(corpus.get("location") or "")
+        if location and Path(location).is_file() and Path(location).samefile(path):
+            seen.append(name)
+    if not seen:
+        return []
+    return [f"{source} is what {', '.join(seen)} was fitted on, which flatters it; give other text"]
 
 
 def _cut(material: Material, texts: Iterator[str], length: int) -> Sequences:
