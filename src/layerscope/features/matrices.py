@@ -126,6 +126,9 @@ class Matrix:
         wide = self.dtype
         if scale is not None:
             wide = torch.promote_types(self.dtype, torch.float32)
+        if self.device.type == "cuda":  # sent as it lies in the file, turned and widened there
+            turned = not values.is_contiguous() and values.T.is_contiguous()
+            values = values.T.to(self.device).T if turned else values.to(self.device)
         found = torch.empty(values.shape, dtype=wide, device=self.device).copy_(values)
         if scale is not None:
             found = found.mul_(scale.to(found.device, wide)[:, None]).to(self.dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -18,9 +20,9 @@ from layerscope.experiments.pathways.manifest import (
     write_partitions,
 )
 from layerscope.experiments.pathways.targets import (
+    GROUP,
     Group,
     States,
-    groups,
     replay_options,
     selected,
     targets_of,
@@ -34,6 +36,7 @@ from layerscope.experiments.pathways.workspace import (
     EDGES_JSONL,
     OVER_PROMPTS,
     REPLAY,
+    SampledPrompt,
     Workspace,
 )
 from layerscope.experiments.units import Piece, Progress, Work, run_units, work_key
@@ -42,7 +45,40 @@ from layerscope.files import write_json
 
 _log = logging.getLogger(__name__)
 
-_KEY = ("prompt_id", "target_layer", "target_id", "target_position")
+_PLACE = ("source_position", "source_layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """Some edges of one prompt: what one chunk does.
+
+    All edges from one layer and position are in one share: an edit serves all its targets, and
+    the nulls of a place stand together.
+    """
+
+    prompt: SampledPrompt
+    number: int
+    edges: pl.DataFrame
+
+    @property
+    def name(self) -> str:
+        """What the chunk is called in keys."""
+        return f"{self.prompt.id}:{self.number}"
+
+
+def shares(found: pl.DataFrame, prompts: Sequence[SampledPrompt], size: int) -> list[Share]:
+    """Cut edges into shares of about `size`, prompt by prompt and between places of sources."""
+    cut: list[Share] = []
+    for prompt in prompts:
+        edges = found.filter(pl.col("prompt_id") == prompt.id).sort(*_PLACE, *ORDER)
+        counts = edges.group_by(*_PLACE, maintain_order=True).len()
+        # A place belongs to the share in which its first edge falls.
+        first = counts["len"].cum_sum() - counts["len"]
+        named = counts.select(*_PLACE).with_columns(chunk=first // size)
+        edges = edges.join(named, on=list(_PLACE), how="left", maintain_order="left")
+        for number, part in enumerate(edges.partition_by("chunk", maintain_order=True)):
+            cut.append(Share(prompt, number, part.drop("chunk").sort(ORDER)))
+    return cut
 
 
 def run_replay(work: Workspace, key: str, progress: Progress | None = None) -> StageResult:
@@ -52,32 +88,22 @@ def run_replay(work: Workspace, key: str, progress: Progress | None = None) -> S
     states = States(work, targets)
     options = replay_options(work)
 
-    def one(group: Group) -> Piece:
-        state = states.of(group)
-        wanted = pl.DataFrame(
-            [(t.target.feature.layer, t.target.feature.feature_id) for t in state.targets],
-            schema={"target_layer": pl.Int64, "target_id": pl.Int64},
-            orient="row",
-        )
-        edges = found.filter(pl.col("prompt_id") == group.prompt.id)
-        edges = edges.join(wanted, on=["target_layer", "target_id"], how="semi").sort(ORDER)
-        if edges.is_empty():
-            return Piece(pl.DataFrame(), {"doses": []})
-        measured = replay(state, edges, options)
+    def one(share: Share) -> Piece:
+        state = states.of(Group(share.prompt, 0, len(targets)))
+        measured = replay(state, share.edges, options)
         judged, doses = judge(
-            state, edges, measured, doses=options.doses, thresholds=thresholds_of(state)
+            state, share.edges, measured, doses=options.doses, thresholds=thresholds_of(state)
         )
         return Piece(judged, {"doses": doses.to_dicts()})
 
+    size = (work.config.batch_size or GROUP) * work.config.top_k_pathways
     works = [
-        Work(work_key(key, group.name), lambda group=group: one(group), group.stop - group.first)
-        for group in groups(work, work.sampled_prompts(), len(targets))
+        Work(work_key(key, share.name), lambda share=share: one(share), share.edges.height)
+        for share in shares(found, work.sampled_prompts(), size)
     ]
     pieces = run_units(works, units=Chunks(work.path(f"{CHUNKS}/replay")), progress=progress)
-    judged = pl.concat([piece.rows for piece in pieces if piece.rows.width])
-    doses = pl.concat(
-        [pl.DataFrame(piece.payload["doses"]) for piece in pieces if piece.payload["doses"]]
-    )
+    judged = pl.concat([piece.rows for piece in pieces])
+    doses = pl.concat([pl.DataFrame(piece.payload["doses"]) for piece in pieces])
     edges = settle(judged, doses, fdr=work.config.fdr).sort("target_layer", *ORDER)
     pathways = over_prompts(edges, dedup=work.config.dedup, seed=work.config.seed)
     write_partitions(work.path(EDGES), edges, "target_layer")

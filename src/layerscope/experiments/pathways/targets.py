@@ -17,7 +17,9 @@ from layerscope.features.library import DictionarySet
 from layerscope.features.pathways import DiscoverOptions, PromptState, ReplayOptions, Target
 from layerscope.models import Prompt
 
-GROUP = 64  # targets of one chunk, unless the configuration says otherwise
+GROUP = 64  # targets whose edges one chunk of replays has, unless the configuration says otherwise
+_LARGEST_GROUP = 512  # a killed run repeats no more than so many
+_COTANGENTS = 2**30  # bytes of the gradients of one chunk's targets, before and behind a block
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,23 @@ def targets_of(work: Workspace, features: Sequence[dict[str, Any]]) -> list[Targ
     return [Target(space.id(f["layer"], f["feature_id"]), at) for f in features]
 
 
+def group_size(work: Workspace, n_tokens: int) -> int:
+    """Return how many targets of a prompt are swept together: as configured, or as memory has it.
+
+    It depends on nothing that another machine would have otherwise, so that a run can go on there.
+    """
+    if work.config.batch_size is not None:
+        return work.config.batch_size
+    width = next(iter(work.dictionaries)).d_in
+    return max(1, min(_LARGEST_GROUP, _COTANGENTS // (2 * 4 * n_tokens * width)))
+
+
 def groups(work: Workspace, prompts: Sequence[SampledPrompt], n_targets: int) -> list[Group]:
     """Cut targets into groups, prompt by prompt."""
-    size = work.config.batch_size or GROUP
     return [
         Group(prompt, first, min(first + size, n_targets))
         for prompt in prompts
+        for size in (group_size(work, len(prompt.ids)),)
         for first in range(0, n_targets, size)
     ]
 

@@ -17,6 +17,7 @@ from layerscope.experiments.pathways.config import PathwaysConfig
 from layerscope.features.library import DictionarySet, open_set
 from layerscope.files import sha256_file, sha256_text
 from layerscope.models import LanguageModel, load
+from layerscope.models.devices import parse_device
 
 VALIDATION = "results/audit/data_validation.json"
 FEATURES = "results/audit/features.parquet"
@@ -83,8 +84,11 @@ class Workspace:
 
     @cached_property
     def every_dictionary(self) -> DictionarySet:
-        """All dictionaries; matrices stay on the disk."""
-        return open_set(self.config.dictionaries, device=self.config.device or "cpu")
+        """All dictionaries; matrices stay on the disk, and are read to where the model is."""
+        device = parse_device(self.config.device) if self._model is None else self._model.device
+        # Other accelerators lack float64, in which rows are compared.
+        where = str(device) if device.type == "cuda" else "cpu"
+        return open_set(self.config.dictionaries, device=where)
 
     @cached_property
     def dictionaries(self) -> DictionarySet:
