@@ -11,9 +11,9 @@ from planted import planted
 
 from layerscope.errors import ConfigError, DictionaryError, LensError
 from layerscope.features import load, open_set
-from layerscope.features.figures import collect, measure
+from layerscope.features.figures import collect, loss_recovered, measure
 from layerscope.features.training import Trainer, TrainOptions, train_dictionaries
-from layerscope.models import Site, TokenBatch
+from layerscope.models import Replace, Site, TokenBatch
 from support.loaded import loaded
 
 HERE = Site("resid_post", 1)
@@ -41,6 +41,29 @@ def test_planted_directions_are_recovered(kind: str) -> None:
     torch.testing.assert_close(learned.norm(dim=1), torch.ones(48, dtype=torch.float64))
     best = (learned @ p.directions.T).amax(dim=0)
     assert float((best > 0.95).double().mean()) > 0.85, best
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_planted_mlp_is_learned(affine: bool) -> None:
+    """It reads some directions and writes others; a skip takes what is linear beside them."""
+    p, out = planted(n=24, d=32, rows=6_000), planted(n=24, d=32, rows=1, seed=1)
+    y = 2 * p.values @ out.directions + 3.0
+    generator = torch.Generator().manual_seed(7)
+    linear = 0.5 * torch.randn(32, 32, generator=generator, dtype=torch.float64) * affine
+    y = y + p.x @ linear.T
+    options = planted_options("batchtopk", transcoder=True, affine=affine, steps=700)
+    trainer = Trainer(p.x.float(), Site("mlp_in", 1), options, y=y.float())
+    for index in range(trainer.n_steps):
+        trainer.step(index)
+    dictionary = trainer.dictionary()
+    assert (dictionary.reads, dictionary.writes) == (Site("mlp_in", 1), (Site("mlp_out", 1),))
+    assert (dictionary.skip is not None) == affine
+    found = measure(dictionary, p.x[:2_000].float(), y[:2_000].float())
+    assert found.fvu < 0.05 and 2 < found.l0 < 5, found
+    if not affine:  # a skip may take a part of the planted map as well
+        learned = dictionary.write_directions(range(48)).double()
+        best = (learned @ out.directions.T).amax(dim=0)
+        assert float((best > 0.95).double().mean()) > 0.85, best
 
 
 def test_a_dead_feature_comes_back() -> None:
@@ -130,7 +153,45 @@ def test_what_is_stored_is_what_was_measured(tmp_path: Path) -> None:
     assert open_set(tmp_path).layers == (1,)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_transcoder_is_stored_as_it_was_trained(affine: bool, tmp_path: Path) -> None:
+    """What is stored, read back and spliced in gives the figures that lie beside it."""
+    held_out, site, target = batches(2), Site("mlp_in", 1), Site("mlp_out", 1)
+    options = small(transcoder=True, affine=affine)
+    (one,) = train_dictionaries(MODEL, batches(1), held_out, [site], tmp_path, options=options)
+    stored = load(one.folder)
+    assert (stored.reads, stored.writes) == (site, (target,))
+    found = collect(MODEL, held_out, [site, target])
+    assert one.figures["fvu"] == measure(stored, found[site], found[target]).fvu
+    trainer = Trainer(
+        collect(MODEL, batches(1), [site])[site], site, options,
+        y=collect(MODEL, batches(1), [target])[target],
+    )  # fmt: skip
+    for index in range(options.steps):
+        trainer.step(index)
+    made = trainer.dictionary().reconstruct(found[site])
+    torch.testing.assert_close(stored.reconstruct(found[site]), made)
+    # The loss with the MLP's output replaced, by hand.
+    ids = held_out[0]
+    x = MODEL.run(ids, capture=site, logits=None)[site]
+    kept = MODEL.run(ids, capture=target, logits=None)[target]
+    spliced = torch.cat([kept[:, :1], stored.reconstruct(x)[:, 1:]], dim=1)
+    logits = MODEL.run(ids, edits=[Replace(target, spliced)]).logits
+    assert logits is not None
+    by_hand = torch.nn.functional.cross_entropy(
+        logits[:, 1:-1].flatten(0, 1), ids.ids[:, 2:].flatten()
+    )
+    loss = loss_recovered(MODEL, stored, held_out[:1])
+    assert loss["reconstructed"] == pytest.approx(float(by_hand), rel=1e-5)
+
+
 def test_options_that_cannot_be_meant() -> None:
+    with pytest.raises(ConfigError, match="mlp_in"):
+        train_dictionaries(MODEL, [], [], [HERE], "nowhere", options=TrainOptions(transcoder=True))
+    with pytest.raises(ConfigError, match="only a transcoder"):
+        TrainOptions(affine=True)
+    with pytest.raises(DictionaryError, match="as many activations"):
+        Trainer(torch.randn(64, 4), Site("mlp_in", 0), TrainOptions(transcoder=True, batch=32))
     with pytest.raises(ConfigError, match="unknown kind"):
         TrainOptions(kind="topk")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="steps is 0"):

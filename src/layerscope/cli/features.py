@@ -35,13 +35,14 @@ pre-bias, another layer or hook, a normalisation folded twice.
 Exit code 0 when every dictionary fits, 2 when one raised an alarm.
 """
 
-TRAIN_HELP = """Train dictionaries of a model's sites on text: BatchTopK or JumpReLU.
+TRAIN_HELP = """Train dictionaries of a model on text: autoencoders of sites, transcoders of MLPs.
 
 Each is stored as a SAELens folder with its figures on held-out text. A run that was killed goes on
 where it stopped when it is given again, with the same result.
 
 - `layerscope features train ./my-model --text stories.jsonl --site resid_post.2 --k 16`
 - `layerscope features train gpt2 --text wiki.txt --site 'resid_post.4:8' --kind jumprelu`
+- `layerscope features train ./my-model --text stories.jsonl --transcoder --k 16`
 """
 
 DEFAULT_FOLDER = Path("layerscope-dictionaries")
@@ -240,8 +241,18 @@ def _train(
     ] = None,
     sites: Annotated[
         list[str] | None,
-        typer.Option("--site", help="Site or pattern; may be repeated. Default: resid_post.*"),
+        typer.Option(
+            "--site",
+            help="Site or pattern; may be repeated. Default: resid_post.*, of transcoders mlp_in.*",
+        ),
     ] = None,
+    transcoder: Annotated[
+        bool,
+        typer.Option("--transcoder", help="Explain what MLPs write from what they read (mlp_in)."),
+    ] = False,
+    affine: Annotated[
+        bool, typer.Option("--affine", help="A skip transcoder: add a linear map of what is read.")
+    ] = False,
     kind: Annotated[str, typer.Option("--kind", help="batchtopk or jumprelu.")] = "batchtopk",
     expansion: Annotated[
         float, typer.Option("--expansion", help="Features per dimension of the site.")
@@ -279,12 +290,12 @@ def _train(
     chosen: Any = kind
     options = TrainOptions(
         kind=chosen, expansion=expansion, k=k, steps=steps, batch=batch,
-        learning_rate=learning_rate, seed=seed,
+        learning_rate=learning_rate, seed=seed, transcoder=transcoder, affine=affine,
     )  # fmt: skip
     opened = load(model, device=device, dtype=dtype)
     wanted = expand(
-        sites or ["resid_post.*"], n_layers=opened.n_layers, n_heads=opened.n_heads,
-        n_kv_heads=opened.n_kv_heads,
+        sites or ["mlp_in.*" if transcoder else "resid_post.*"],
+        n_layers=opened.n_layers, n_heads=opened.n_heads, n_kv_heads=opened.n_kv_heads,
     )  # fmt: skip
     source = TextSource(text, field=field, split=split)
     read = read_batches(opened, source, tokens=tokens, held_out=held_out, context=context)

@@ -1,8 +1,9 @@
 """Train the dictionaries of the embedded model: `python -m layerscope.features.demo_set --out DIR`.
 
-One BatchTopK dictionary for the residual stream after every block, on text of the grammars that the
-model was trained on, with more of the slot machine than there. Killed, it goes on where it stopped.
-It ends with the card, written from what was measured on held-out text.
+One BatchTopK dictionary for the residual stream after every block, or with `--transcoders` one
+transcoder for every MLP, on text of the grammars that the model was trained on, with more of the
+slot machine than there. Killed, it goes on where it stopped. It ends with the card, written from
+what was measured on held-out text.
 """
 
 from __future__ import annotations
@@ -38,27 +39,36 @@ HELD_OUT = 40_000
 ROWS = 64
 CARD, RECORD = "CARD.md", "training.json"
 OPTIONS = TrainOptions(k=32, expansion=8, steps=1200, batch=768, learning_rate=2e-3, seed=SEED)
+TRANSCODERS = TrainOptions(**{**asdict(OPTIONS), "transcoder": True, "k": 16, "expansion": 1.75})
 
-_CARD = """# Card: dictionaries of the embedded model
+_DICTIONARIES = """# Card: dictionaries of the embedded model
 
 Sparse autoencoders of the residual stream after every block of the embedded model (width
 {d_model}), {features:,} features each, in the format of SAELens.
 `layerscope.demo.dictionaries_path()` is their folder. Made to try feature methods on a real model
 without a download.
+"""
+_TRANSCODERS = """# Card: transcoders of the embedded model
 
-`python -m layerscope.features.demo_set --out DIR` made them in {minutes} minutes on a share of one
-CPU core: BatchTopK with k = {k}, {steps:,} steps of {batch:,} tokens out of {tokens:,}, seed
-{seed}, auxiliary loss for dead features; stored as JumpReLU with the one threshold per layer at
-which {k} features are active on average. Text: the grammars of `layerscope.demo`, {gambling:.0%} of
-the documents from the slot machine beside the usual mixture. Matrices are stored as float16 and
-read as float32.
+One for every MLP of the embedded model (width {d_model}), {features:,} features each, in the format
+of SAELens: from what the MLP reads, behind its norm, to what it writes.
+`layerscope.demo.transcoders_path()` is their folder. Made for attribution graphs without a
+download, and few features, so that they fit into the package.
+"""
+_CARD = """{what}
+`python -m layerscope.features.demo_set{flag} --out DIR`
+made them in {minutes} minutes on a share of one CPU core: BatchTopK with k = {k}, {steps:,} steps
+of {batch:,} tokens out of {tokens:,}, seed {seed}, auxiliary loss for dead features; stored as
+JumpReLU with the one threshold per layer at which {k} features are active on average. Text: the
+grammars of `layerscope.demo`, {gambling:.0%} of the documents from the slot machine beside the
+usual mixture. Matrices are stored as float16 and read as float32.
 
 ## Figures
 
 On {rows:,} tokens of held-out text. The first token of every text (BOS) is left out, in training
 and here: what a dictionary says of a BOS means nothing. FVU: share of variance not explained. Dead:
-active nowhere on the held-out text. Loss in nats per token with the site replaced by its
-reconstruction at all tokens but the first; recovered: of the way from zero ablation back to the
+active nowhere on the held-out text. Loss in nats per token with {replaced} replaced by
+the reconstruction at all tokens but the first; recovered: of the way from zero ablation back to the
 model's own loss.
 
 | Site | FVU | L0 | Dead | Loss | Model's own | Recovered | FVU, slot machine | L0, slot machine |
@@ -105,6 +115,7 @@ def main() -> None:
     """Train, measure, and write the card."""
     parser = argparse.ArgumentParser(description="Train the embedded model's dictionaries.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--transcoders", action="store_true", help="of the MLPs")
     parser.add_argument("--layers", type=int, nargs="*", help="only these")
     parser.add_argument("--steps", type=int, default=OPTIONS.steps)
     arguments = parser.parse_args()
@@ -112,14 +123,16 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     model = load(model_path(), device="cpu", dtype="float32")
-    options = TrainOptions(**{**asdict(OPTIONS), "steps": arguments.steps})
+    wanted = TRANSCODERS if arguments.transcoders else OPTIONS
+    options = TrainOptions(**{**asdict(wanted), "steps": arguments.steps})
+    kind = "mlp_in" if options.transcoder else "resid_post"
     layers = arguments.layers or range(model.n_layers)
     train, held_out = batches(model, TOKENS), batches(model, HELD_OUT, validation=True)
     trained = train_dictionaries(
         model,
         train,
         held_out,
-        [Site("resid_post", layer) for layer in layers],
+        [Site(kind, layer) for layer in layers],
         arguments.out,
         options=options,
         store_dtype=torch.float16,
@@ -145,7 +158,9 @@ def document(
     rows: list[dict[str, Any]] = []
     for one in trained:
         dictionary = load_dictionary(one.folder)
-        found = measure(dictionary, collect(model, machine, [one.site])[one.site])
+        target = options.target(one.site)
+        there = collect(model, machine, list(dict.fromkeys((one.site, target))))
+        found = measure(dictionary, there[one.site], there[target])
         rows.append(
             {
                 "site": str(one.site),
@@ -157,9 +172,11 @@ def document(
     if not any(one.resumed for one in trained):
         record["minutes"] = round(minutes, 1)
     write_json(folder / RECORD, record)
+    what = _TRANSCODERS if options.transcoder else _DICTIONARIES
     text = _CARD.format(
-        d_model=model.d_model,
-        features=options.features(model.d_model),
+        what=what.format(d_model=model.d_model, features=options.features(model.d_model)),
+        flag=" --transcoders" if options.transcoder else "",
+        replaced="the MLP's output" if options.transcoder else "the site",
         minutes=round(minutes, 1),
         k=options.k,
         steps=options.steps,

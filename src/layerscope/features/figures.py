@@ -182,29 +182,42 @@ def loss_recovered(
 ) -> dict[str, float]:
     """Return what reconstruction costs the model: next-token loss in nats, and the share kept.
 
-    The site is replaced at all tokens after the first `skip`: by the reconstruction, and by zero.
-    ``recovered`` is (zero - reconstructed) / (zero - clean).
+    The site that the dictionary writes is replaced at all tokens after the first `skip`: by the
+    reconstruction, and by zero. ``recovered`` is (zero - reconstructed) / (zero - clean).
 
     Raises:
-        DictionaryError: the dictionary is a transcoder.
+        DictionaryError: the dictionary writes several sites.
     """
-    if not dictionary.is_autoencoder:
-        raise DictionaryError("loss recovered is measured for autoencoders")
+    if len(dictionary.writes) > 1:
+        raise DictionaryError("loss recovered is measured for dictionaries that write one site")
+    reads, writes = dictionary.reads, dictionary.writes[0]
     names = ("clean", "reconstructed", "zero")
     losses = dict.fromkeys(names, 0.0)
     count = 0
     for batch in batches:
         real = mask_of(batch, skip)
 
-        def put(values: Tensor, context: EditContext, real: Tensor = real) -> Tensor:
-            made = dictionary.reconstruct(values).to(values.dtype)
+        read: dict[str, Tensor] = {}
+
+        def keep(values: Tensor, context: EditContext, read: dict[str, Tensor] = read) -> Tensor:
+            read["x"] = values
+            return values
+
+        def put(
+            values: Tensor,
+            context: EditContext,
+            real: Tensor = real,
+            read: dict[str, Tensor] = read,
+        ) -> Tensor:
+            made = dictionary.reconstruct(read.get("x", values)).to(values.dtype)
             return torch.where(_on(real, values), made, values)
 
         def zero(values: Tensor, context: EditContext, real: Tensor = real) -> Tensor:
             return torch.where(_on(real, values), torch.zeros_like(values), values)
 
-        edits = {"clean": [], "reconstructed": [Apply(dictionary.reads, put)]}
-        edits["zero"] = [Apply(dictionary.reads, zero)]
+        edits = {"clean": [], "reconstructed": [Apply(writes, put)], "zero": [Apply(writes, zero)]}
+        if reads != writes:
+            edits["reconstructed"].insert(0, Apply(reads, keep))
         following = mask_of(batch, skip)[:, 1:] & mask_of(batch, skip)[:, :-1]
         targets = batch.ids[:, 1:][following]
         for name in names:

@@ -1,4 +1,4 @@
-"""Training dictionaries: BatchTopK and JumpReLU, seeded, resumable."""
+"""Training autoencoders and transcoders: BatchTopK and JumpReLU, seeded, resumable."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerscope.errors import ConfigError
+from layerscope.models.sites import Site
 
 KINDS = ("batchtopk", "jumprelu")
 
@@ -16,6 +17,9 @@ class TrainOptions:
 
     Attributes:
         kind: "batchtopk" (stored with a threshold that keeps its average L0) or "jumprelu".
+        transcoder: explain what the MLP writes from what it reads, instead of a site from itself.
+        affine: a linear map of what is read is added to what a transcoder writes: a skip
+            transcoder.
         expansion: features per dimension of the site.
         k: features per token: exact on average for batchtopk, aimed at by jumprelu.
         steps: of the optimiser.
@@ -31,6 +35,8 @@ class TrainOptions:
     """
 
     kind: Literal["batchtopk", "jumprelu"] = "batchtopk"
+    transcoder: bool = False
+    affine: bool = False
     expansion: float = 8
     k: int = 32
     steps: int = 2000
@@ -45,6 +51,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"unknown kind '{self.kind}'; train {' or '.join(KINDS)}")
+        if self.affine and not self.transcoder:
+            raise ConfigError("only a transcoder can be affine: an autoencoder would copy its site")
         for name in (
             "expansion",
             "k",
@@ -56,6 +64,20 @@ class TrainOptions:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give more than 0")
+
+    def target(self, site: Site) -> Site:
+        """Return the site that is explained: of a transcoder, what the MLP writes.
+
+        Raises:
+            ConfigError: a transcoder cannot read this site.
+        """
+        if not self.transcoder:
+            return site
+        if site.kind != "mlp_in" or site.layer is None:
+            raise ConfigError(
+                f"a transcoder reads what an MLP reads, not {site}; give sites such as mlp_in.3"
+            )
+        return Site("mlp_out", site.layer)
 
     def features(self, d_in: int) -> int:
         """Return the number of features for a site of this width; raises ConfigError if below k."""

@@ -55,16 +55,16 @@ def train_dictionaries(
     progress: Callable[[Site, Progress], object] | None = None,
     checkpoint_seconds: float = 30.0,
 ) -> list[Trained]:
-    """Train an autoencoder for every site and store each in a folder of its own.
+    """Train an autoencoder or transcoder for every site and store each in a folder of its own.
 
     Finished sites are left as they are, and an interrupted one goes on where it stopped, with the
     same result; a folder of other settings, text or model is refused. One site's activations are in
-    memory at a time: tokens x width x 4 bytes.
+    memory at a time: tokens x width x 4 bytes, and those of the site that a transcoder explains.
 
     Args:
         model: the model; it is not changed.
         train, held_out: padded ids.
-        sites: what to train for, such as ``resid_post.3``.
+        sites: what to train for, such as ``resid_post.3``; for transcoders, such as ``mlp_in.3``.
         folder: gets one SAELens folder per site, named after it.
         options: see `TrainOptions`.
         skip: first positions of every row that are left out.
@@ -74,9 +74,12 @@ def train_dictionaries(
 
     Raises:
         DictionaryError: there is too little text, or the folder holds another run's dictionary.
+        ConfigError: a transcoder cannot read one of the sites.
         LensError: a checkpoint is of another run, or damaged.
     """
-    options = options or TrainOptions()
+    options, sites = options or TrainOptions(), list(sites)
+    for site in sites:
+        options.target(site)  # refused before anything is computed
     done: list[Trained] = []
     for site in sites:
         place = Path(folder) / str(site)
@@ -92,8 +95,11 @@ def train_dictionaries(
         if (place / CONFIG).is_file():
             done.append(_finished(place, site, name))
             continue
-        x = collect(model, train, [site], skip=skip)[site]
-        trainer = Trainer(x, site, options)
+        target = options.target(site)
+        found = collect(model, train, list(dict.fromkeys((site, target))), skip=skip)
+        trainer = Trainer(
+            found[site], site, options, y=found[target] if options.transcoder else None
+        )
         show = None
         if progress is not None:
             show = _tell(progress, site)
@@ -115,18 +121,19 @@ def _store(
     key: str,
 ) -> dict[str, Any]:
     """Write the dictionary, measure what was written, and write it again with its figures."""
-    site = dictionary.reads
+    site, target = dictionary.reads, dictionary.writes[0]
     first = place / "unmeasured"
     write_dictionary(dictionary, first, dtype=dtype)
     stored = load(first)
-    sums = tally(stored, collect(model, held_out, [site], skip=skip)[site])
+    found = collect(model, held_out, list(dict.fromkeys((site, target))), skip=skip)
+    sums = tally(stored, found[site], found[target])
     losses = loss_recovered(model, stored, held_out, skip=skip)
-    found = sums.figures()
+    total = sums.figures()
     figures = {
-        "fvu": found.fvu,
-        "l0": found.l0,
-        "dead": found.dead,
-        "rows": found.rows,
+        "fvu": total.fvu,
+        "l0": total.l0,
+        "dead": total.dead,
+        "rows": total.rows,
         "loss": losses,
         "skip": skip,
         "key": key,

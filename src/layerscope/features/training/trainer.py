@@ -1,8 +1,10 @@
 """The optimisation itself: a dictionary fitted to activations that are in memory.
 
+An autoencoder explains what it reads, a transcoder what the MLP behind it writes.
+
 BatchTopK follows Bussmann et al. (2024), with the auxiliary loss of Gao et al. (2024) for dead
 features; JumpReLU follows Rajamanoharan et al. (2024), its thresholds trained through a rectangle
-estimator towards a wanted L0.
+estimator towards a wanted L0. Affine transcoders follow Paulo et al. (2025).
 """
 
 from __future__ import annotations
@@ -37,21 +39,40 @@ class Trainer:
         x: [rows, d] activations in float32, in memory.
         site: where they come from.
         options: see `TrainOptions`.
+        y: [rows, d_out] of the MLP behind `site`, for a transcoder; None for an autoencoder.
 
     Raises:
-        DictionaryError: there are too few activations, or they are not finite.
+        DictionaryError: there are too few activations, they are not finite, or those of a
+            transcoder's two sites do not go together.
+        ConfigError: a transcoder cannot read this site.
     """
 
-    def __init__(self, x: Float[Tensor, "rows d"], site: Site, options: TrainOptions) -> None:
+    def __init__(
+        self,
+        x: Float[Tensor, "rows d"],
+        site: Site,
+        options: TrainOptions,
+        *,
+        y: Float[Tensor, "rows d_out"] | None = None,
+    ) -> None:
         if len(x) < options.batch:
             raise DictionaryError(
                 f"{len(x):,} activations are fewer than one batch of {options.batch:,}; give more "
                 "text, or a smaller batch"
             )
-        if not bool(x.isfinite().all()):
-            raise DictionaryError(f"activations of {site} are not finite")
-        self.x, self.site, self.options = x, site, options
-        self.scale = math.sqrt(x.shape[1]) / max(float(x.norm(dim=1).mean()), 1e-12)
+        self.target = options.target(site)
+        if (y is not None) != options.transcoder or (y is not None and len(y) != len(x)):
+            raise DictionaryError(
+                "a transcoder needs as many activations of mlp_out as of mlp_in, an autoencoder "
+                "those of its site alone"
+            )
+        for where, values in ((site, x), (self.target, y)):
+            if values is not None and not bool(values.isfinite().all()):
+                raise DictionaryError(f"activations of {where} are not finite")
+        self.x, self.y, self.site, self.options = x, x if y is None else y, site, options
+        self.scale, self.output_scale = _scale(self.x), _scale(self.y)
+        # An autoencoder subtracts the bias that it trains; what a transcoder reads is only centred.
+        self.center = None if y is None else x[:_MEAN_ROWS].mean(dim=0) * self.scale
         self.note = ""
         self._init()
 
@@ -64,10 +85,10 @@ class Trainer:
         """Do one step; the same for the same index, state and activations."""
         options = self.options
         rows = torch.randint(len(self.x), (options.batch,), generator=self._generator(index))
-        x = self.x[rows] * self.scale
+        x, y = self.x[rows] * self.scale, self.y[rows] * self.output_scale
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        loss, fvu, fired, l0 = self._loss(x, index)
+        loss, fvu, fired, l0 = self._loss(x, y, index)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()))
         with torch.no_grad():
             self._update(dict(zip(self.parameters, gradients, strict=True)), index)
@@ -105,45 +126,57 @@ class Trainer:
             kept = self._calibrate()
             threshold = torch.full_like(p["b_enc"], kept)
             words = "calibrated to the k of batch topk"
+        b_enc, b_dec, skip = p["b_enc"], p["b_dec"], p.get("W_skip")
+        if self.center is not None:  # centring becomes part of the biases
+            b_enc = b_enc - p["W_enc"] @ self.center
+            b_dec = b_dec if skip is None else b_dec - skip @ self.center
         raw = Raw(
             format="layerscope",
             reads=self.site,
-            writes=(self.site,),
+            writes=(self.target,),
             encoder=Matrix.of("W_enc", p["W_enc"].clone()),
             decoders=(Matrix.of("W_dec", p["W_dec"].clone()),),
-            b_enc=p["b_enc"],
-            b_dec=p["b_dec"],
+            b_enc=b_enc,
+            b_dec=b_dec,
             gate=JumpRelu(threshold, words=words),
-            pre_bias=True,
+            pre_bias=self.center is None,
             input_scale=self.scale,
-            output_scale=self.scale,
+            output_scale=self.output_scale,
+            skip=skip,
             units="unit",
             facts={"model_name": model_name, "k": self.options.k},
         )
         return raw.fold().load()
 
     def _init(self) -> None:
-        d, options = self.x.shape[1], self.options
+        d, d_out, options = self.x.shape[1], self.y.shape[1], self.options
         n = options.features(d)
         generator = self._generator(-1)
-        mean = self.x[:_MEAN_ROWS].mean(dim=0) * self.scale
-        directions = torch.randn(n, d, generator=generator)
+        mean = self.y[:_MEAN_ROWS].mean(dim=0) * self.output_scale
+        noise = torch.randn(n, d, generator=generator)
         # Half of each start is the direction of a real token: fewer features begin dead.
-        tokens = self.x[torch.randint(len(self.x), (n,), generator=generator)] * self.scale - mean
-        directions = _unit(_unit(directions) + _unit(tokens))
+        rows = torch.randint(len(self.x), (n,), generator=generator)
+        center = mean if self.center is None else self.center
+        reads = _unit(_unit(noise) + _unit(self.x[rows] * self.scale - center))
+        writes = reads
+        if self.center is not None:  # what the MLP wrote at the same token
+            noise = torch.randn(n, d_out, generator=generator)
+            writes = _unit(_unit(noise) + _unit(self.y[rows] * self.output_scale - mean))
         self.parameters = {
             # Overcomplete directions overlap: at full length they would write all many times over.
-            "W_enc": _START * directions,
+            "W_enc": _START * reads,
             "b_enc": torch.zeros(n),
-            "W_dec": directions,
+            "W_dec": writes,
             "b_dec": mean,
         }
+        if options.affine:
+            self.parameters["W_skip"] = torch.zeros(d_out, d)
         if options.kind == "jumprelu":
             self.parameters["log_threshold"] = torch.full((n,), math.log(0.5))
         self.first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.silent = torch.zeros(n, dtype=torch.int64)
-        sample = self.x[:_MEAN_ROWS] * self.scale
+        sample = self.y[:_MEAN_ROWS] * self.output_scale
         self._variance = max(float((sample - mean).square().sum(dim=1).mean()), 1e-12)
 
     def _generator(self, index: int) -> torch.Generator:
@@ -151,9 +184,10 @@ class Trainer:
         seed = int.from_bytes(hashlib.blake2b(words, digest_size=6).digest(), "big")
         return torch.Generator().manual_seed(seed)
 
-    def _loss(self, x: Tensor, index: int) -> tuple[Tensor, float, Tensor, float]:
+    def _loss(self, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, float, Tensor, float]:
         p, options = self.parameters, self.options
-        pre = torch.addmm(p["b_enc"], x - p["b_dec"], p["W_enc"].T)
+        inner = x - (p["b_dec"] if self.center is None else self.center)
+        pre = torch.addmm(p["b_enc"], inner, p["W_enc"].T)
         penalty = x.new_zeros(())
         if options.kind == "jumprelu":
             threshold = p["log_threshold"].exp()
@@ -165,7 +199,9 @@ class Trainer:
             positive = pre.relu()
             values = torch.where(positive.detach() >= self._kth(positive.detach()), positive, 0.0)
         assert isinstance(values, Tensor)
-        error = x - torch.addmm(p["b_dec"], values, p["W_dec"])
+        error = y - torch.addmm(p["b_dec"], values, p["W_dec"])
+        if "W_skip" in p:
+            error = error - inner @ p["W_skip"].T
         fvu = error.square().sum(dim=1).mean() / self._variance
         active = values.detach() > 0
         loss = fvu + penalty + options.revive * self._revival(pre, error.detach())
@@ -214,13 +250,18 @@ class Trainer:
         chosen = torch.randperm(len(self.x), generator=self._generator(-2))[:rows]
         largest: list[Tensor] = []
         for part in chosen.split(2048):
-            x = self.x[part] * self.scale - p["b_dec"]
+            x = self.x[part] * self.scale - (p["b_dec"] if self.center is None else self.center)
             pre = torch.addmm(p["b_enc"], x, p["W_enc"].T).relu()
             largest.append(pre.topk(min(8 * k, pre.shape[1]), dim=1, sorted=False).values.flatten())
         values = torch.cat(largest)
         kept = min(k * rows, values.numel() - 1)
         # Between the last value kept and the first one dropped.
         return float(values.kthvalue(values.numel() - kept).values.clamp_min(0))
+
+
+def _scale(values: Float[Tensor, "rows d"]) -> float:
+    """Return what makes the mean norm of rows the square root of their width."""
+    return math.sqrt(values.shape[1]) / max(float(values.norm(dim=1).mean()), 1e-12)
 
 
 def _unit(rows: Tensor) -> Tensor:
