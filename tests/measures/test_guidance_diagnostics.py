@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from layerscope.measures import guidance_diagnostics
+from layerscope.measures import guidance_diagnostics, guidance_lenses
 from layerscope.measures.guidance import RANK
 from layerscope.measures.guidance_diagnostics import (
     GATES,
@@ -184,6 +184,7 @@ def test_every_code_is_defined() -> None:
     text = page.read_text("utf-8").split("| Code from a check |")[1].split("\n\n")[0]
     written = set(re.findall(r"`(\w+)`", text))
     known = {gate.code for gate in GATES.values()} | {OTHER_LENS_NOT_FINITE.code}
-    known |= set(re.findall(r'Reason\(\s*"(\w+)"', inspect.getsource(guidance_diagnostics)))
+    for module in (guidance_diagnostics, guidance_lenses):
+        known |= set(re.findall(r'Reason\(\s*"(\w+)"', inspect.getsource(module)))
     sections = {name for name, _ in GATES}
     assert written - sections == known

@@ -90,6 +90,21 @@ def test_a_lens_that_loses_on_the_prompts_and_gains_on_its_own_text_is_said_to()
     assert "unlike" not in summary(tuned=9.0)["preferred_lens"]["reason"]
 
 
+def other_text(tuned: float, fitted: float | None) -> list[dict[str, Any]]:
+    held_out = None if fitted is None else {"norm": [9.0] * 7, "tuned": [fitted] * 7}
+    reasons = summary(tuned=tuned, held_out=held_out)["measurement_guidance"]["reasons"]
+    return [entry for entry in reasons if entry["code"] == "lens_fitted_on_other_text"]
+
+
+def test_a_lens_whose_text_was_unlike_the_prompts_is_a_reason_and_no_other_is() -> None:
+    [reason] = other_text(9.0, 1.0)
+    gains = {"on_its_text": 8.0, "on_these_prompts": -2.0}  # KL both ways of 9 + 1 and 8 + 1, twice
+    assert reason["evidence"] == {"bits_gained": {"tuned": gains}, "row": 3}
+    assert reason["severity"] == "low" and "by 8.00 bits" in reason["message"]
+    # Nearer here too; no better there either; nothing known of its text.
+    assert not other_text(2.0, 1.0) and not other_text(9.0, 10.0) and not other_text(9.0, None)
+
+
 def test_what_was_not_run_says_so() -> None:
     found = summary(lenses=("raw", "norm"))
     assert found["tuned_lens"]["attribution"]["status"] == "skipped"

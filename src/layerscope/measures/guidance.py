@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from layerscope.measures import guidance_diagnostics, guidance_rules
+from layerscope.measures import guidance_diagnostics, guidance_lenses, guidance_rules
 from layerscope.measures.config import MeasureConfig
 from layerscope.measures.evidence import Evidence, Reason
 from layerscope.measures.pass_summary import PassSummary
@@ -49,7 +49,7 @@ def guide(
     evidence = Evidence(facts=facts, sections=sections, config=config, meta=meta)
     reasons = rank(
         reason
-        for rules in (guidance_rules.RULES, guidance_diagnostics.RULES)
+        for rules in (guidance_rules.RULES, guidance_diagnostics.RULES, guidance_lenses.RULES)
         for rule in rules
         for reason in rule(evidence)
     )

@@ -1,4 +1,4 @@
-"""Reasons from the checks that looked at the model again, and from the other lenses.
+"""Reasons from the checks that looked at the model again.
 
 Every gate of a diagnostic section that fails is a reason. `GATES` says which reason a gate belongs
 to, how much it weighs and what to do; a gate that is not listed there still gives a reason, of
@@ -240,35 +240,6 @@ def about_tuned(skipping: Mapping[str, Any]) -> bool:
     return skipping.get("lens", "tuned") == "tuned"
 
 
-def fits(evidence: Evidence) -> Iterator[Reason]:
-    """A fitted lens that carries warnings of its fit."""
-    warned: Mapping[str, Sequence[str]] = _comparison(evidence).get("warnings") or {}
-    if warned:
-        lens, lines = next(iter(warned.items()))
-        yield Reason(
-            "lens_fit_warns",
-            "low",
-            f"The fit of {_lenses(list(warned))} came with a warning; {lens}: {_plain(lines[0])}",
-            {"warnings": {name: list(entry)[:SHOWN] for name, entry in warned.items()}},
-            "Fit again on more text, or leave that lens out of conclusions.",
-        )
-
-
-def lenses_apart(evidence: Evidence) -> Iterator[Reason]:
-    """The lenses put the onset far from one another."""
-    spread: Mapping[str, Any] | None = _comparison(evidence).get("onset_spread")
-    limit = 0.25 * evidence.meta.n_layers
-    if spread is not None and spread["median"] is not None and spread["median"] > limit:
-        yield Reason(
-            "onset_depends_on_lens",
-            "low",
-            f"Lenses first have the answer on top {spread['median']:g} layers apart (median over "
-            f"{spread['facts']} facts).",
-            {**spread, "limit": limit, "lenses": evidence.sections.get("lenses")},
-            "Name the lens with the layer, or give the range over lenses.",
-        )
-
-
 def not_checked(sections: Mapping[str, Any]) -> dict[str, str]:
     """Return what was not checked, by name, with the reason; failed checks are not among it."""
     diagnostics: Mapping[str, Any] = sections.get("diagnostics") or {}
@@ -326,7 +297,7 @@ def preferred_lens(sections: Mapping[str, Any]) -> dict[str, str]:
     return {"lens": primary, "hint": hint, "reason": reason}
 
 
-RULES = (failed_gates, audit_flags, fits, lenses_apart)
+RULES = (failed_gates, audit_flags)
 
 
 def _meaning(section: str, gate: str, primary: str) -> Gate:
@@ -362,15 +333,3 @@ def _numbers(section: Mapping[str, Any]) -> dict[str, Any]:
 def _quoted(section: Mapping[str, Any]) -> dict[str, Any]:
     warnings = cast("Sequence[str]", section.get("warnings") or ())
     return {"warnings": list(warnings[:SHOWN])} if warnings else {}
-
-
-def _comparison(evidence: Evidence) -> Mapping[str, Any]:
-    return evidence.sections.get("lens_comparison") or {}
-
-
-def _lenses(names: Sequence[str]) -> str:
-    return f"the {names[0]} lens" if len(names) == 1 else f"{len(names)} lenses"
-
-
-def _plain(line: str) -> str:
-    return line if line.endswith(".") else f"{line}."
