@@ -60,6 +60,19 @@ def test_every_gate_gives_its_reason_when_it_fails_and_only_then(name: str, gate
     assert undecided["not_checked"] == {f"{name}: {full}": "could not be decided"}
 
 
+def test_the_numbers_of_a_failed_check_are_those_of_a_prompt_that_fails() -> None:
+    gate = "position_window_stable"
+    passes = [
+        {"fact_key": key, "prompt_index": n, "rank1_frac": share, "gate": {gate: share >= 0.5}}
+        for n, (key, share) in enumerate([("one", 0.9), ("two", 0.25), ("three", 0.4)])
+    ]
+    found = {**section(gate, False), **passes[0], "passes": passes, "rank1_frac": 0.9}
+    [reason] = guidance({"position_window": found})["reasons"]
+    assert reason["evidence"]["rank1_frac"] == 0.25
+    assert reason["evidence"]["prompts_that_fail"] == "2 of 3"
+    assert reason["evidence"]["first"] == "two"
+
+
 def test_a_gate_that_no_one_listed_is_not_silent() -> None:
     result = guidance({"new_check": section("odd_thing.norm", False)})
     [reason] = result["reasons"]

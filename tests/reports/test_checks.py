@@ -53,6 +53,11 @@ def test_the_page_lists_them_or_says_how_to_ask(sections: dict[str, Any]) -> Non
 
 
 def test_evidence_leaves_what_the_checks_list() -> None:
-    entry = {"code": "x", "evidence": {"gates": ["a"], "warnings": ["w"], "thresholds": {"t": 1}}}
-    (reason,) = reasons({"measurement_guidance": {"reasons": [entry]}})
-    assert reason.evidence == (("gates", "a"),)
+    def shown(**evidence: Any) -> tuple[tuple[str, str], ...]:
+        entry = {"code": "x", "evidence": {"gates": ["a"], "thresholds": {"t": 1}, **evidence}}
+        (reason,) = reasons({"measurement_guidance": {"reasons": [entry]}})
+        return reason.evidence
+
+    assert shown(measured=2) == (("gates", "a"), ("measured", "2"))
+    # A sentence says more than the name of a gate.
+    assert shown(measured=2, warnings=["w", "v"]) == (("for instance", "w"), ("measured", "2"))

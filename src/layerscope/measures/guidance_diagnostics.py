@@ -211,7 +211,7 @@ def failed_gates(evidence: Evidence) -> Iterator[Reason]:
                 meaning.code,
                 meaning.severity,
                 meaning.message,
-                {"gates": gates, **_numbers(section), **_quoted(section)},
+                {"gates": gates, **_behind(section), **_quoted(section)},
                 meaning.action,
             )
 
@@ -315,6 +315,26 @@ def _unlisted(section: str, gate: str) -> Gate:
         f"The check '{words}' of {section.replace('_', ' ')} failed.",
         f"Look at {section} among the diagnostics of the summary before quoting this run.",
     )
+
+
+def _behind(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers behind a failed gate.
+
+    Where prompts are judged one by one, those of the first prompt that fails, and how many do: the
+    section's own numbers are the first prompt's, which may well pass.
+    """
+    passes = cast("Sequence[Mapping[str, Any]]", section.get("passes") or ())
+    failing = [entry for entry in passes if entry.get("gate") is False or _fails(entry)]
+    if not failing:
+        return _numbers(section)
+    first = failing[0]
+    named = {"prompts_that_fail": f"{len(failing)} of {len(passes)}", "first": first["fact_key"]}
+    thresholds = section.get("thresholds")
+    return named | _numbers(first) | ({"thresholds": thresholds} if thresholds else {})
+
+
+def _fails(entry: Mapping[str, Any]) -> bool:
+    return any(holds is False for holds in gates_of(entry).values())
 
 
 def _numbers(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,11 +141,14 @@ def reasons(summary: Mapping[str, Any]) -> list[Reason]:
 def _evidence(evidence: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(evidence, Mapping):
         return ()
-    # A check's warnings and thresholds stand where the checks are listed.
+    # All warnings and thresholds stand where the checks are listed; the first warning says more
+    # than the name of its gate.
+    warnings = evidence.get("warnings")
+    told = [("for instance", str(warnings[0]))] if isinstance(warnings, list) and warnings else []
+    hidden = ("warnings", "thresholds", *(("gates",) if told else ()))
     return tuple(
-        (str(name), _written(value))
-        for name, value in evidence.items()
-        if name not in ("warnings", "thresholds")
+        told
+        + [(str(name), _written(value)) for name, value in evidence.items() if name not in hidden]
     )
 
 
