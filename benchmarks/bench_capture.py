@@ -3,10 +3,9 @@
     python -m benchmarks capture
 
 One process and one model, because the place of weights in memory alone moves a forward pass by
-several percent; the peers' captures, each in a process of its own, are in ``lens``. Every site is
-measured with the allocator as found, and again with freed memory kept for the next run
-(`layerscope.keep_freed_memory`), as the command line has it; the bare forward runs beside it each
-time.
+several percent; the peers' captures, each in a process of its own, are in ``lens``. Loading a model
+on the CPU has the process keep freed memory (`layerscope.keep_freed_memory`); the bare forward runs
+in the same process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from benchmarks.harness import Report, interleave, paired_ratio, set_threads
 from benchmarks.models import llama_12x768
 from benchmarks.peers.inputs import token_ids
-from layerscope import keep_freed_memory
 from layerscope.models import load
 
 BOUND = 1.03
@@ -32,9 +30,7 @@ def main(*, rounds: int = 31, tokens: tuple[int, ...] = (64, 256)) -> Report:
     module: Any = model.backend.model  # pyright: ignore[reportAttributeAccessIssue]
     sites = model.sites()
     report = Report("capture")
-    for count, kept in [(count, kept) for kept in (False, True) for count in tokens]:
-        if kept:
-            assert keep_freed_memory(), "this benchmark needs glibc"
+    for count in tokens:
         ids = token_ids(model.d_vocab, count)
         rows = ids.tolist()
         timings = interleave(
@@ -49,10 +45,9 @@ def main(*, rounds: int = 31, tokens: tuple[int, ...] = (64, 256)) -> Report:
             rounds=rounds,
             warmup=3,
         )
-        memory = ", freed memory kept" if kept else ""
-        report.add(f"capture, T={count}{memory}", timings)
+        report.add(f"capture, T={count}", timings)
         ratio = paired_ratio(timings, "run, every residual", "Hugging Face forward")
-        report.claim(f"every residual / bare forward, T={count}{memory}", ratio, BOUND)
+        report.claim(f"every residual / bare forward, T={count}", ratio, BOUND)
         ratio = paired_ratio(timings, "run, every site", "Hugging Face forward")
-        report.claim(f"every site / bare forward, T={count}{memory}", ratio, EVERY_BOUND)
+        report.claim(f"every site / bare forward, T={count}", ratio, EVERY_BOUND)
     return report

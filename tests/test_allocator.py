@@ -16,6 +16,10 @@ import numpy as np
 from layerscope.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
+if sys.argv[1] == "load":
+    import layerscope
+    from layerscope.demo import model_path
+    layerscope.load(model_path(), verify=False)
 def work():
     for _ in range(20):
         held = [np.ones(1 << 17) for _ in range(8)]  # 1 MiB each
@@ -36,6 +40,16 @@ def faults(mode: str) -> int:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
     assert faults("keep") < 0.2 * faults("as found")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_loading_a_model_keeps_freed_memory_from_then_on() -> None:
+    assert faults("load") < 0.2 * faults("as found")
+
+
+def test_a_choice_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not keep_freed_memory()
 
 
 def test_elsewhere_nothing_changes_and_the_answer_is_no(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ captures again and again is faster when it keeps freed memory for the next run.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's mallopt
@@ -17,14 +18,18 @@ _NEVER = 2**31 - 1
 _PAD = 64 * 2**20
 
 
+_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")  # glibc's own
+
+
 def keep_freed_memory() -> bool:
     """Tell the C library to keep memory that tensors free, for the next ones; True if it does.
 
-    Concerns the whole process, which then holds on to its peak memory; nothing is told to the
-    system's allocator unless this is called. The `layerscope` command calls it for its own process.
-    Only glibc (Linux) knows how; elsewhere nothing changes and the answer is False.
+    Concerns the whole process, which then holds on to its peak memory. `layerscope.load` calls it
+    when a model is on the CPU. A choice made through glibc's own environment variables
+    (``MALLOC_TRIM_THRESHOLD_=131072`` gives memory back) stands; then, and wherever the C library
+    is not glibc, nothing changes and the answer is False.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _CHOICES):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

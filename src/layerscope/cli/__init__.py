@@ -5,8 +5,6 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from layerscope.allocator import keep_freed_memory
     from layerscope.cli.app import run
 
-    keep_freed_memory()
     raise SystemExit(run())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from layerscope.allocator import keep_freed_memory
 from layerscope.errors import (
     CapabilityError,
     ConfigError,
@@ -58,6 +59,8 @@ def load(
 ) -> LanguageModel:
     """Load a causal language model one can look into.
 
+    With a model on the CPU, the process keeps memory that tensors free (`keep_freed_memory`).
+
     Args:
         source: Hugging Face id, local folder, or a `PreTrainedModel` that is already built (then
             give its tokenizer; it is put in eval mode, and moved only where `device` says so); or a
@@ -99,7 +102,10 @@ def load(
         options["device_map"] = device_map
     opened, loaded, report = open_model(source, **options)
     tuning = find_tuning(loaded.tokenizer, loaded.source, instruct=instruct)
-    return LanguageModel(opened, loaded, report, tuning=tuning)
+    model = LanguageModel(opened, loaded, report, tuning=tuning)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    return model
 
 
 def _opener(backend: str, source: Source) -> tuple[str, Callable[..., Opened]]:
