@@ -346,6 +346,7 @@ class LanguageModel:
         stop_ids: Sequence[int] = (),
         eos: bool = True,
         keep_logits: bool = False,
+        share_prompts: bool = False,
         stream: Callable[[Piece], object] | None = None,
     ) -> Generation:
         """Continue every prompt, reading it once and each new token once.
@@ -364,6 +365,9 @@ class LanguageModel:
             stop_ids: ids that end a row, beside the model's own.
             eos: whether the model's end-of-sequence ids end a row.
             keep_logits: keep the logits that every token was chosen from.
+            share_prompts: read what rows of equal prompts have in common once, up to the first
+                token that an edit acts on. Many trials of one prompt are then as cheap to begin as
+                one; the rounding is that of other batches.
             stream: called with every token as it is generated.
 
         Raises:
@@ -383,6 +387,7 @@ class LanguageModel:
             stop_ids=stop_ids,
             eos=eos,
             keep_logits=keep_logits,
+            share_prompts=share_prompts,
         )
         if stream is not None:
             for piece in tokens:
@@ -404,6 +409,7 @@ class LanguageModel:
         stop_ids: Sequence[int] = (),
         eos: bool = True,
         keep_logits: bool = False,
+        share_prompts: bool = False,
     ) -> Stream:
         """Return the tokens of `generate` as they come: iterate over it, then take its `result`.
 
@@ -416,7 +422,15 @@ class LanguageModel:
             tuple(stop_ids),
             end_ids(self) if eos else (),
         )
-        return start(self, prompts, settings, edits=edits, capture=capture, keep_logits=keep_logits)
+        return start(
+            self,
+            prompts,
+            settings,
+            edits=edits,
+            capture=capture,
+            keep_logits=keep_logits,
+            share_prompts=share_prompts,
+        )
 
     def _check_context(self, batch: TokenBatch) -> None:
         if self.n_ctx is None or batch.n_keys <= self.n_ctx:

@@ -113,7 +113,8 @@ def answer(
     for first in range(0, len(rows), config.batch_rows):
         batch = rows[first : first + config.batch_rows]
         edits = _edits(dictionaries, batch, config)
-        made = _generate(model, [ids[r.ask.side][r.prompt] for r in batch], batch, edits, config)
+        prompts = [ids[row.ask.side][row.prompt] for row in batch]
+        made = _generate(model, prompts, batch, edits, config, share=True)
         found += [
             _record(row, text, games) for row, text in zip(batch, made.texts, strict=True)
         ]  # fmt: skip
@@ -157,6 +158,8 @@ def _generate(
     batch: Sequence[_Row],
     edits: Sequence[Edit],
     config: CausalConfig,
+    *,
+    share: bool = False,
 ) -> Generation:
     return model.generate(
         TokenBatch.from_ids(ids, padding_side="left"),
@@ -165,6 +168,7 @@ def _generate(
         seed=[row.seed for row in batch],
         stop=config.stop,
         edits=edits,
+        share_prompts=share,
     )
 
 

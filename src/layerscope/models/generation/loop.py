@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from layerscope.errors import CapabilityError, ConfigError, PromptError
-from layerscope.models.backends.base import Capability
+from layerscope.models.backends.base import Cache, Capability
 from layerscope.models.batches import TokenBatch
 from layerscope.models.edits import Edit
+from layerscope.models.generation.prefix import shared_prefix
 from layerscope.models.generation.result import FinishReason, Generation, Piece, Stream
 from layerscope.models.generation.sampling import Sampler, Sampling
 from layerscope.models.generation.steps import EditsByStep
@@ -84,6 +85,7 @@ def start(
     edits: Sequence[Edit] = (),
     capture: Capture | str | Site | Sequence[str | Site] = (),
     keep_logits: bool = False,
+    share_prompts: bool = False,
 ) -> Stream:
     """Check everything, and return the tokens as they will be generated."""
     if Capability.CACHE not in model.backend.capabilities:
@@ -100,7 +102,7 @@ def start(
             f"go {longest - model.n_ctx} beyond the model's context of {model.n_ctx}: shorten the "
             "prompt or max_new_tokens"
         )
-    loop = _Loop(model, batch, settings, tuple(edits), capture, keep_logits)
+    loop = _Loop(model, batch, settings, tuple(edits), capture, keep_logits, share_prompts)
     return Stream(loop.run())
 
 
@@ -113,6 +115,7 @@ class _Loop:
         edits: tuple[Edit, ...],
         capture: Capture | str | Site | Sequence[str | Site],
         keep_logits: bool,
+        share_prompts: bool,
     ) -> None:
         self._model = model
         self._batch = batch
@@ -120,6 +123,7 @@ class _Loop:
         self._edits = edits
         self._capture = _checked_capture(model, capture)
         self._keep_logits = keep_logits
+        self._share_prompts = share_prompts
         longest = max(batch.lengths) + settings.max_new_tokens
         self._by_step = EditsByStep(model.backend, batch, edits, longest)
         self._prompt_ids = tuple(batch.row_ids(row) for row in range(len(batch)))
@@ -134,7 +138,7 @@ class _Loop:
     def run(self) -> Generator[Piece, None, Generation]:
         """Generate; the activations of a token are captured when it is read."""
         sampler = Sampler(self._settings.sampling, self._prompt_ids)
-        result = self._pass(self._batch, self._by_step.of_prompt())
+        result = self._read_prompts()
         for step in range(self._settings.max_new_tokens):
             logits = self._next_logits(result)
             if self._keep_logits:
@@ -152,27 +156,37 @@ class _Loop:
                 ids = torch.tensor([[row.ids[-1]] for row in self._rows])
                 batch = self._one_each.with_ids(ids)
                 edits = self._by_step.of_step(batch, result.cache.mask)
-                result = self._pass(batch, edits, result, last=not running)
+                result = self._pass(batch, edits, result.cache, last=not running, capture=True)
             if not running:
                 break
         return self._finished()
+
+    def _read_prompts(self) -> RunResult:
+        """Run the prompts; the beginnings that rows share only once, where that was asked for."""
+        if self._share_prompts:
+            prefix = shared_prefix(self._model, self._batch, self._edits)
+            if prefix is not None:
+                edits = self._by_step.of_rest(prefix.rest, prefix.cache.mask)
+                return self._pass(prefix.rest, edits, prefix.cache)
+        return self._pass(self._batch, self._by_step.of_prompt())
 
     def _pass(
         self,
         batch: TokenBatch,
         edits: list[Edit],
-        before: RunResult | None = None,
+        cache: Cache | None = None,
         *,
         last: bool = False,
+        capture: bool = False,
     ) -> RunResult:
         """Run the prompts, or one token per row after what came before."""
-        capture = self._capture if before is not None and self._capture is not None else ()
+        wanted = self._capture if capture and self._capture is not None else ()
         logits = "all" if self._by_step.needs_all_logits else None if last else "last"
         result = self._model.run(
             batch,
             edits=edits,
-            capture=capture,
-            cache=None if before is None else before.cache,
+            capture=wanted,
+            cache=cache,
             keep_cache=not last,
             logits=logits,
         )

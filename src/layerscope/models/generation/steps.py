@@ -58,6 +58,11 @@ class EditsByStep:
         """Return the edits of the pass over the prompts."""
         return _present(where(self._prompts) for where in self._in_prompt)
 
+    def of_rest(self, batch: TokenBatch, past: Bool[Tensor, "batch past"]) -> list[Edit]:
+        """Return the edits of a pass over the prompts' last tokens, behind those of no edit."""
+        batch = batch.continuing(past)
+        return _present(where(batch) for where in self._in_prompt)
+
     def of_step(self, batch: TokenBatch, past: Bool[Tensor, "batch past"]) -> list[Edit]:
         """Return the edits of a pass over generated tokens that continues these columns."""
         batch = batch.continuing(past)
