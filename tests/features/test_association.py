@@ -167,6 +167,7 @@ def test_hypergeometric_tail_is_exact() -> None:
 def test_the_result_does_not_depend_on_how_work_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = associate(corpus(), OPTIONS)
     monkeypatch.setattr("layerscope.features.association._CELLS", 1)
+    monkeypatch.setattr("layerscope.features.shuffles._TABLE", 1)
     assert_frame_equal(associate(corpus(), OPTIONS), whole, rel_tol=1e-9)
 
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from layerscope.errors import ConfigError
+from layerscope.features.shuffles import Shuffles
 
 _STOP = 10  # permutations that reach the observed value, after which a pair is decided
 _CELLS = 1 << 24  # of the clusters x tokens table at a time
@@ -263,58 +264,33 @@ def null_moments(
     held = np.maximum(size, 1)
     mean = np.bincount(cell, excess, minlength=cells).reshape(shape) / held
     variance = np.bincount(cell, excess**2, minlength=cells).reshape(shape) / held - mean**2
+    # Every kind's clusters, and how often it stands in each.
+    clusters = found.clusters.astype(np.int64)
+    places, times = np.unique(label * np.int64(n_clusters) + clusters, return_counts=True)
+    bounds = np.searchsorted(places, np.arange(int(label.max()) + 2) * np.int64(n_clusters))
+    where, times = places % n_clusters, times.astype(np.float64)
+    free = times * (size[where] - times) / np.maximum(size[where] - 1, 1)
     means, variances = np.zeros(len(kind)), np.zeros(len(kind))
-    wanted = np.unique(kind)
-    step = max(1, _CELLS // n_clusters)
-    for first in range(0, len(wanted), step):
-        chosen = wanted[first : first + step]
-        column = np.full(int(label.max()) + 1, -1)
-        column[chosen] = np.arange(len(chosen))
-        inside = column[label] >= 0
-        place = found.clusters[inside] * len(chosen) + column[label[inside]]
-        times = np.bincount(place, minlength=n_clusters * len(chosen)).reshape(n_clusters, -1)
-        times = times.astype(np.float64)
-        free = times * (size[:, None] - times) / np.maximum(size[:, None] - 1, 1)
-        rows = np.flatnonzero(column[kind] >= 0)
-        means[rows] = (mean @ times)[feature[rows], column[kind[rows]]]
-        variances[rows] = (variance @ free)[feature[rows], column[kind[rows]]]
+    many = np.diff(bounds)[kind]
+    for rows in _within(many, _CELLS):
+        each = many[rows]
+        starts = np.cumsum(each) - each
+        entry = np.arange(int(each.sum())) + np.repeat(bounds[kind[rows]] - starts, each)
+        at = (np.repeat(feature[rows], each), where[entry])
+        means[rows] = np.add.reduceat(mean[at] * times[entry], starts)
+        variances[rows] = np.add.reduceat(variance[at] * free[entry], starts)
     return means, np.sqrt(np.maximum(variances, 0.0))
 
 
-class Shuffles:
-    """Sums of every pair under shuffles of labels within clusters, drawn one after another."""
-
-    def __init__(
-        self,
-        found: Activations,
-        label: np.ndarray,
-        excess: np.ndarray,
-        pairs: np.ndarray,
-        n_types: int,
-        seed: int,
-    ) -> None:
-        self._clusters = found.clusters.astype(np.float64)
-        self._label = label
-        self._found = found
-        self._excess = excess
-        self._pairs = pairs
-        self._n_types = n_types
-        self._generator = np.random.default_rng(seed)
-
-    def draw(self, count: int, rows: np.ndarray) -> Iterator[Float[np.ndarray, " row"]]:
-        """Yield sums of the pairs `rows` under the next `count` shuffles."""
-        pairs = self._pairs[rows]
-        used = np.isin(self._found.feature, np.unique(pairs // self._n_types))
-        feature = self._found.feature[used] * self._n_types
-        place, excess = self._found.place[used], self._excess[used]
-        for _ in range(count):
-            keys = self._clusters + self._generator.random(len(self._clusters))
-            shuffled = self._label[np.argsort(keys, kind="stable")]
-            key = feature + shuffled[place]
-            at = np.searchsorted(pairs, key)
-            at[at == len(pairs)] = 0
-            hit = pairs[at] == key
-            yield np.bincount(at[hit], excess[hit], minlength=len(pairs))
+def _within(sizes: Int[np.ndarray, " row"], most: int) -> Iterator[slice]:
+    """Cut rows into slices whose sizes add up to about `most` at the most."""
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield slice(first, last)
+        first = last
 
 
 def _permuted(

@@ -22,7 +22,10 @@ from layerscope.models import LanguageModel, Start, TokenBatch
 
 TOLERANCE = 0.02
 _MOST_STEPS = 512
+_GAIN = 0.8  # what a doubling must leave of the gap: below that, rounding is what is left
 _ROWS = 32
+_BYTES = 2**30  # of what one backward pass keeps
+_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,8 @@ def drivers(
     """Share a feature's pre-activation among the tokens before it, and leave the foremost out.
 
     The baseline of every token is the mean of the prompt's embeddings (learned positions included);
-    a first BOS stays as it is, being no content. Steps are doubled until the sum is complete.
+    a first BOS stays as it is, being no content. Steps are doubled until the sum is complete, or
+    that stops helping: in half precision rounding remains.
 
     Args:
         model: with gradients. batch: one prompt without padding.
@@ -91,11 +95,13 @@ def drivers(
     with torch.no_grad():
         value, baseline = read(torch.stack([actual, base])).tolist()
     whole = value - baseline
+    before = float("inf")
     while True:
         integrated = _integrated(read, actual, base, steps)
         gap = abs(float(integrated.sum()) - whole) / max(abs(whole), 1e-12)
-        if gap <= TOLERANCE or steps >= _MOST_STEPS:
+        if gap <= TOLERANCE or steps >= _MOST_STEPS or gap > _GAIN * before:
             break
+        before = gap
         steps *= 2
     slope = _gradients(read, actual[None])[0]
     product = ((actual - base).double() * slope.double()).sum(-1)
@@ -137,11 +143,11 @@ def logit_weights(
     if frozen.centred:
         read = read - read.mean(-1, keepdim=True)
     read = (read * frozen.gain).float()
-    weight = model.unembedding.weight
+    weight, scale = model.unembedding.weight, model.unembedding.scale
     found: list[dict[str, Any]] = []
     for part in read.split(_ROWS):
-        raw = (part.to(weight.device, weight.dtype) @ weight.T).double().cpu()
-        raw = raw * model.unembedding.scale
+        raw = part.to(weight.device, weight.dtype) @ weight.T
+        raw = (raw.double() if raw.device.type == "cuda" else raw.cpu().double()) * scale
         z = (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, keepdim=True).clamp_min(1e-12)
         for row in z:
             high, low = torch.topk(row, top), torch.topk(row, top, largest=False)
@@ -171,6 +177,8 @@ class _Read:
         self._last = dictionary.layer
         self._row = dictionary.read_rows([feature])[0].float()
         self._bias = dictionary.read_bias([feature])[0].float()
+        kept = ids.shape[1] * (self._last + 1) * _KEPT * model.d_model * model.dtype.itemsize
+        self.rows = max(1, min(_ROWS, _BYTES // kept))
 
     def __call__(self, entering: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
         ids = self._ids.expand(len(entering), -1).contiguous()
@@ -200,7 +208,7 @@ def _integrated(
     difference = actual - base
     total = torch.zeros_like(actual, dtype=torch.float64)
     places = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    for part in places.split(_ROWS):
+    for part in places.split(read.rows):
         points = base + part.to(actual)[:, None, None] * difference
         total += _gradients(read, points).double().sum(0)
     return (total / steps * difference.double()).sum(-1).cpu()
