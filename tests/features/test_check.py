@@ -97,6 +97,35 @@ def test_a_skipped_pre_bias_is_named_and_so_is_a_needless_one() -> None:
     assert codes(wrong, x)[0] == "pre_bias"
 
 
+def coherent(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return unit directions that overlap (mean |cosine| above 0.1), and sparse sums of them."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    directions /= directions.norm(dim=1, keepdim=True)
+    overlap = directions @ directions.T - torch.eye(32, dtype=torch.float64)
+    assert 0.1 < float(overlap.abs().mean()) < 0.3
+    return directions, planted(n=32, d=32, rows=300, offset=0).values @ directions
+
+
+def test_mistakes_are_named_where_directions_overlap_too() -> None:
+    """Exact recovery is out of reach there, so it is the change of FVU that has to tell."""
+    directions, x = coherent()
+    m = torch.linspace(0.3, 4.0, 32, dtype=torch.float64)[:, None]
+    gate = JumpRelu(torch.full((32,), 0.9))
+    offset = 2 * directions.sum(0)
+    right = autoencoder(directions, directions, gate)
+    assert codes(right, x) == []
+    wrong = {
+        "transposed_decoder": (autoencoder(directions, directions.T, gate), x),
+        "decoder_norm_gate": (autoencoder(directions / m, directions * m, gate), x),
+        "pre_bias": (autoencoder(directions, directions, gate, offset=offset), x + offset),
+        "scale": (rescaled(right, 3.7), x),
+    }
+    assert {name: codes(*case)[0] for name, case in wrong.items()} == {name: name for name in wrong}
+    centred = autoencoder(directions, directions, gate, offset=offset, centered=True)
+    assert codes(centred, x + offset) == []
+
+
 def test_another_layer_is_named() -> None:
     here, there = planted(seed=1), planted(seed=2)
     dictionary = autoencoder(

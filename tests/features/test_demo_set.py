@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 
 import layerscope
-from layerscope.demo import dictionaries_path, model_path
+from layerscope.demo import dictionaries_path, model_path, transcoders_path
 from layerscope.features import DictionarySet, ablate_features, load, open_set
 from layerscope.features.check import check_on_model
 from layerscope.features.demo_set import batches, documents
@@ -41,11 +42,27 @@ def test_there_is_one_for_every_block_in_twelve_megabytes(
     model: LanguageModel, dictionaries: DictionarySet
 ) -> None:
     assert dictionaries.layers == tuple(range(model.n_layers))
-    files = [path for path in dictionaries_path().rglob("*") if path.is_file()]
+    folders = (dictionaries_path(), transcoders_path())
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
     for each in dictionaries:
         each.require_model(model)
         assert (each.n_features, each.facts["skip"]) == (8 * model.d_model, 1)
+
+
+def test_there_is_a_transcoder_for_every_mlp(model: LanguageModel, text: list[TokenBatch]) -> None:
+    transcoders = open_set(transcoders_path())
+    assert transcoders.layers == tuple(range(model.n_layers))
+    for each in transcoders:
+        each.require_model(model)
+        site, target = Site("mlp_in", each.layer), Site("mlp_out", each.layer)
+        assert (each.reads, each.writes, each.facts["skip"]) == (site, (target,), 1)
+    for layer in (0, 3, 7):
+        report = check_on_model(transcoders[layer], model, text)
+        assert report.passed, report.alarms
+        assert report.figures.fvu < 0.16 and 10 < report.figures.l0 < 22
+    moved = transcoders[3].load().but(reads=Site("mlp_in", 4), writes=(Site("mlp_out", 4),))
+    assert not check_on_model(moved, model, text).passed
 
 
 @pytest.mark.parametrize("layer", [0, 4, 7])
@@ -67,16 +84,18 @@ def test_at_another_layer_or_hook_the_right_one_is_named(
         assert "fits resid_" in report.alarms[0].text
 
 
-def test_the_card_says_what_was_measured() -> None:
-    card = (dictionaries_path() / "CARD.md").read_text("utf-8")
-    record = json.loads((dictionaries_path() / "training.json").read_text("utf-8"))
+@pytest.mark.parametrize("folder", [dictionaries_path(), transcoders_path()])
+def test_the_card_says_what_was_measured(folder: Path) -> None:
+    card = (folder / "CARD.md").read_text("utf-8")
+    record = json.loads((folder / "training.json").read_text("utf-8"))
     assert len(record["figures"]) == 8
+    most = 0.15 if record["options"].get("transcoder") else 0.06
     for row in record["figures"]:
-        config = dictionaries_path() / row["site"] / "cfg.json"
+        config = folder / row["site"] / "cfg.json"
         stored = json.loads(config.read_text("utf-8"))["metadata"]["layerscope"]
         assert stored["fvu"] == row["fvu"] and stored["loss"] == row["loss"]
         assert f"| `{row['site']}` | {row['fvu']:.3f} | {row['l0']:.1f} |" in card
-        assert row["fvu"] < 0.06 and row["dead"] < 0.05 and row["loss"]["recovered"] > 0.99
+        assert row["fvu"] < most and row["dead"] < 0.05 and row["loss"]["recovered"] > 0.99
 
 
 def test_the_text_is_the_same_every_time_and_speaks_of_the_machine() -> None:

@@ -15,6 +15,7 @@ from layerscope.features import Matrix, SparseDictionary, write_dictionary
 from layerscope.features.architectures import JumpRelu
 from layerscope.models import Site
 from support.tiny_models import tiny, tiny_tokenizer
+from support.viewer_files import check_viewer_file
 
 PROMPT = "The capital of France is"
 
@@ -71,45 +72,79 @@ def test_a_graph_is_made_kept_and_shown(
     shown = json.loads((folder / "graph.json").read_text())
     assert len(shown["nodes"]) == nodes.height
     assert len(shown["links"]) == edges.height
-    names = {node["node_id"] for node in shown["nodes"]}
-    assert len(names) == nodes.height
-    assert {link["source"] for link in shown["links"]} <= names
-    assert "attribution graph" in (folder / "report.html").read_text()
+    check_viewer_file(shown)
+    checks = pl.read_parquet(folder / "checks.parquet")
+    assert set(checks["kind"]) == {"edge", "logit"} and summary["checks"]["edge"]["n"] > 0
+    page = (folder / "report.html").read_text()
+    assert "attribution graph" in page and "The graph against the model" in page
+    data = page.split('id="attribution-graph">')[1].split("</script>")[0]
+    drawn = json.loads(data)
+    assert len(drawn["nodes"]) == nodes.height and len(drawn["edges"]) == edges.height
+    # What flows into the nodes is what they pass on: shares of every target sum to one.
+    sums = pl.DataFrame(drawn["edges"]).group_by("target").agg(pl.col("share").sum())
+    assert all(share == pytest.approx(1.0) for share in sums["share"])
 
 
-def test_dictionaries_of_the_residual_stream_are_refused(
+@pytest.fixture(scope="module")
+def residual(place: Path) -> Path:
+    for layer in range(3):
+        generator = torch.Generator().manual_seed(layer)
+        site = Site("resid_post", layer)
+        made = SparseDictionary(
+            reads=site,
+            writes=[site],
+            encoder=Matrix.of("encoder", torch.randn(24, 32, generator=generator) / 32**0.5),
+            decoders=[Matrix.of("decoder", torch.randn(24, 32, generator=generator))],
+            gate=JumpRelu(torch.full((24,), 0.05)),
+            bias=torch.full((24,), 0.02),
+            decoder_bias=torch.zeros(32),
+        )
+        write_dictionary(made, place / "residual" / f"resid_post.{layer}")
+    return place / "residual"
+
+
+def test_dictionaries_of_the_residual_stream_make_graphs_too(
+    place: Path, residual: Path, tmp_path: Path
+) -> None:
+    code = graph(place, tmp_path, "--dictionaries", str(residual), "--layer", "0", "--layer", "1")
+    assert code == 0
+    summary = json.loads((tmp_path / "run-latest" / "summary.json").read_text())
+    assert summary["basis"] == "residual dictionaries" and summary["gates"]["complete"]
+    nodes = pl.read_parquet(tmp_path / "run-latest" / "nodes.parquet")
+    assert set(nodes.filter(kind="feature")["layer"].unique()) == {0, 1}
+    check_viewer_file(json.loads((tmp_path / "run-latest" / "graph.json").read_text()))
+
+
+def test_dictionaries_of_another_site_are_refused(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = SparseDictionary(
-        reads=Site("resid_post", 0),
-        writes=[Site("resid_post", 0)],
+        reads=Site("attn_out", 0),
+        writes=[Site("attn_out", 0)],
         encoder=Matrix.of("encoder", torch.randn(8, 32)),
         decoders=[Matrix.of("decoder", torch.randn(8, 32))],
         gate=JumpRelu(torch.full((8,), 0.3)),
         bias=torch.zeros(8),
         decoder_bias=torch.zeros(32),
     )
-    write_dictionary(made, tmp_path / "residual")
-    code = run(
-        [
-            "graph",
-            str(place / "model"),
-            "--transcoders",
-            str(tmp_path / "residual"),
-            "--prompt",
-            PROMPT,
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    assert code == 2
+    write_dictionary(made, tmp_path / "other")
+    assert graph(place, tmp_path / "out", "--dictionaries", str(tmp_path / "other")) == 2
     assert "mlp_in to mlp_out" in capsys.readouterr().err
+    assert run(["graph", str(place / "model"), "--prompt", PROMPT, "--out", str(tmp_path)]) == 2
+    assert "give --dictionaries" in capsys.readouterr().err
 
 
-def test_an_incomplete_graph_says_so() -> None:
+def test_a_graph_that_should_not_be_believed_says_so() -> None:
     summary = {
-        "gates": {"complete": False},
+        "gates": {"complete": False, "edges_agree": False},
         "largest_residual": 0.2,
-        "drawn_share_of_attribution": 0.3,
+        "drawn_share_of_influence": 0.3,
+        "replacement_score": 0.2,
+        "influence_ends": {"tokens": 0.1, "errors": 0.7, "mlp": 0.0, "features": 0.1, "biases": 0},
+        "checks": {
+            "edge": {"n": 9, "sign_agreement": 0.4, "slope": 0.1},
+            "logit": {"n": 4, "sign_agreement": 0.5, "slope": 0.1},
+        },
     }
-    assert [reason["severity"] for reason in reasons(summary)] == ["high", "medium", "low"]
+    found = [reason["severity"] for reason in reasons(summary)]
+    assert found == ["high", "high", "medium", "medium", "medium", "low"]

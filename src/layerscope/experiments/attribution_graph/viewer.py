@@ -1,17 +1,17 @@
-"""A graph in the JSON that Neuronpedia's graph viewer reads (the schema of circuit-tracer)."""
+"""An attribution graph in the JSON that circuit-tracer's and Neuronpedia's viewers read."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from layerscope.experiments.neuronpedia import ViewerNode, viewer_file
 from layerscope.experiments.units import Outcome
 
-_KINDS = {
-    "feature": "cross layer transcoder",
-    "error": "mlp reconstruction error",
-    "token": "embedding",
-    "logit": "logit",
+_DESCRIPTIONS = {
+    "transcoders": "Transcoder features; MLP errors are what transcoders leave.",
+    "residual dictionaries": "Features of dictionaries of the residual stream, though the viewer "
+    "calls them transcoders; errors are what a dictionary leaves, and (number -2) what an MLP "
+    "writes beyond its tangent.",
 }
 
 
@@ -21,65 +21,43 @@ def viewer_graph(outcome: Outcome, *, scan: str, n_layers: int) -> dict[str, Any
     Args:
         outcome: of `execute`. scan: name of the model. n_layers: of the model.
     """
-    summary = outcome.summary
-    names: dict[int, str] = {}
-    nodes: list[dict[str, Any]] = []
+    summary, options = outcome.summary, outcome.summary["options"]
+    nodes: list[ViewerNode] = []
     for row in outcome.tables["nodes"].iter_rows(named=True):
-        layer = {"token": "E", "logit": str(n_layers)}.get(row["kind"], str(row["layer"]))
-        feature = row["feature_id"] if row["feature_id"] is not None else 0
-        name = f"{layer}_{feature}_{row['position']}"
-        if row["kind"] == "error":
-            name = f"0_error_{layer}_{row['position']}"
-        names[row["node"]] = name
+        kind, position = row["kind"], row["position"]
+        index = summary["prompt_ids"][position] if kind == "token" else row["feature_id"] or 0
         nodes.append(
-            {
-                "node_id": name,
-                "feature": _paired(row["layer"], feature) if row["kind"] == "feature" else None,
-                "layer": layer,
-                "ctx_idx": row["position"],
-                "feature_type": _KINDS[row["kind"]],
-                "run_idx": 0,
-                "reverse_ctx_idx": 0,
-                "jsNodeId": f"{layer}_{feature}-0",
-                "token_prob": row["activation"] if row["kind"] == "logit" else 0.0,
-                "is_target_logit": row["kind"] == "logit",
-                "clerp": f'"{row["token"]}"' if row["kind"] != "feature" else "",
-                "influence": row["influence"],
-                "activation": row["activation"] if row["kind"] == "feature" else None,
-            }
+            ViewerNode(
+                kind=kind,
+                layer=row["layer"],
+                position=position,
+                index=index,
+                label=row["token"] if kind == "logit" else row["promotes"],
+                influence=row["cumulative"],
+                activation=row["activation"] if kind == "feature" else None,
+                probability=row["activation"] if kind == "logit" else 0.0,
+            )
         )
-    links = [
-        {"source": names[source], "target": names[target], "weight": weight}
-        for source, target, weight in outcome.tables["edges"].iter_rows()
-    ]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{scan}-{summary['prompt']}".lower()).strip("-")[:60]
-    return {
-        "metadata": {
-            "slug": slug,
-            "scan": scan,
-            "transcoder_list": [],
-            "prompt_tokens": summary["prompt_tokens"],
-            "prompt": summary["prompt"],
-            "node_threshold": summary["options"]["node_share"],
-            "schema_version": 1,
-            "info": {
-                "generator": {"name": "layerscope"},
-                "largest_residual": summary["largest_residual"],
-                "drawn_share_of_attribution": summary["drawn_share_of_attribution"],
-            },
+    return viewer_file(
+        nodes,
+        outcome.tables["edges"].iter_rows(),
+        name=summary["prompt"],
+        scan=scan,
+        n_layers=n_layers,
+        prompt=summary["prompt"],
+        tokens=summary["prompt_tokens"],
+        description=_DESCRIPTIONS[summary["basis"]],
+        node_share=options["node_share"],
+        settings={
+            "max_n_logits": options["logits"],
+            "desired_logit_prob": options["logit_mass"],
+            "max_feature_nodes": options["max_features"],
+            "largest_residual": summary["largest_residual"],
+            "replacement_score": summary["replacement_score"],
+            "drawn_share_of_influence": summary["drawn_share_of_influence"],
         },
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": [],
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
+        pruning={
+            "node_threshold": options["node_share"],
+            "edge_threshold": options["edge_share"],
         },
-        "nodes": nodes,
-        "links": links,
-    }
-
-
-def _paired(layer: int, feature: int) -> int:
-    """Return Cantor's number of a pair, which is how the viewer tells features apart."""
-    return (layer + feature) * (layer + feature + 1) // 2 + feature
+    )

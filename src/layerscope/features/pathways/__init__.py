@@ -8,7 +8,9 @@ edges, doses = judge(state, edges, replay(state, edges))       # every edge carr
 from __future__ import annotations
 
 from layerscope.features.pathways.discover import DiscoverOptions, discover
-from layerscope.features.pathways.graph import AttributionGraph, attribution_graph
+from layerscope.features.pathways.graph import attribution_graph
+from layerscope.features.pathways.graph_base import AttributionGraph
+from layerscope.features.pathways.graph_checks import agreement_of, check_graph
 from layerscope.features.pathways.pruning import GraphOptions
 from layerscope.features.pathways.pullback import Pullback, Variant
 from layerscope.features.pathways.replay import DOSES, Measured, ReplayOptions, replay
@@ -37,7 +39,9 @@ __all__ = [
     "Variant",
     "active_features",
     "agreement",
+    "agreement_of",
     "attribution_graph",
+    "check_graph",
     "discover",
     "judge",
     "replay",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,10 @@ NODE_SCHEMA = {
     "token": pl.String,
     "activation": pl.Float64,
     "influence": pl.Float64,
+    "cumulative": pl.Float64,
+    "effect": pl.Float64,
     "residual": pl.Float64,
+    "promotes": pl.String,
 }
 EDGE_SCHEMA = {"source": pl.Int64, "target": pl.Int64, "weight": pl.Float64}
 
@@ -40,7 +43,7 @@ class GraphOptions:
         node_share, edge_share: share of all influence that the nodes (edges) kept account for.
     """
 
-    max_features: int = 256
+    max_features: int = 512
     logits: int = 5
     logit_mass: float = 0.95
     node_share: float = 0.8
@@ -69,31 +72,113 @@ class Node:
     sums: float = 0.0
     largest: float = 0.0
     inbound: float = 0.0  # sum of absolute attributions
+    unlisted: float = 0.0  # of it, by features that are no edges
     edges: dict[tuple[str, int, int, int], float] = field(default_factory=dict)
 
 
-def prune(nodes: Sequence[Node], options: GraphOptions) -> dict[Key, float]:
-    """Return the sources to keep, with their influence on the logits.
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """What stays of a graph.
+
+    Attributes:
+        kept: sources to keep, with their influence on the logits.
+        cumulative: of each, the share of all influence that it and stronger ones have.
+        effects: what the first logit owes to a source by all paths.
+        ends: where the influence of the logits ends, as shares: "tokens", "errors", "mlp" (what is
+            beyond a tangent), "features" (that were not expanded) and "biases".
+    """
+
+    kept: dict[Key, float]
+    cumulative: dict[Key, float]
+    effects: dict[Key, float]
+    ends: dict[str, float]
+
+    @property
+    def replacement_score(self) -> float:
+        """Share of influence that reaches tokens through features alone, biases set aside."""
+        whole = sum(share for kind, share in self.ends.items() if kind != "biases")
+        return self.ends["tokens"] / whole if whole else 0.0
+
+
+def prune(
+    nodes: Sequence[Node], options: GraphOptions, effects: dict[Key, float] | None = None
+) -> Pruned:
+    """Return what to keep; edges of nodes that are dropped, and weak ones, are taken away.
 
     Influence goes down the graph, each node handing its own to its sources by their share of its
-    absolute attributions.
+    absolute attributions. What no longer reaches a logit is dropped as well. Effects on the first
+    logit are products along paths unless they are given.
     """
-    influence: dict[Key, float] = {}
-    for node in nodes:  # from the top down, as they were expanded
-        own = influence.get(key_of(node), 0.0) if node.kind == "feature" else node.activation
-        node.influence = own
-        for source, weight in node.edges.items():
-            share = abs(weight) / node.inbound if node.inbound else 0.0
-            influence[source] = influence.get(source, 0.0) + own * share
+    influence, ends = _influence(nodes)
+    effects = _effects(nodes) if effects is None else effects
     order = sorted(influence, key=lambda key: (-influence[key], key))
     total, so_far = sum(influence.values()), 0.0
     kept: dict[Key, float] = {}
+    cumulative: dict[Key, float] = {}
     for source in order:
         if so_far >= options.node_share * total:
             break
         kept[source] = influence[source]
         so_far += influence[source]
-    # Edges into nodes that stay, strongest first, until the share is reached.
+        cumulative[source] = min(1.0, so_far / total)
+    wanted = _edges(nodes, kept, options.edge_share)
+    reached: set[Key] = set()
+    for place, node in enumerate(nodes):
+        if node.kind != "logit" and key_of(node) not in reached:
+            node.edges = {}
+            continue
+        node.edges = {
+            source: weight for source, weight in node.edges.items() if (place, source) in wanted
+        }
+        reached |= set(node.edges)
+    kept = {key: value for key, value in kept.items() if key in reached}
+    return Pruned(kept, cumulative, effects, ends)
+
+
+def _influence(nodes: Sequence[Node]) -> tuple[dict[Key, float], dict[str, float]]:
+    """Return the influence of every source, and where it ends."""
+    influence: dict[Key, float] = {}
+    ends = dict.fromkeys(("tokens", "errors", "mlp", "features", "biases"), 0.0)
+    expanded = {key_of(node) for node in nodes}
+    names = {"token": "tokens", "error": "errors", "mlp": "mlp", "feature": "features"}
+    for node in nodes:  # from the top down, as they were expanded
+        own = influence.get(key_of(node), 0.0) if node.kind == "feature" else node.activation
+        node.influence = own
+        listed = 0.0
+        for source, weight in node.edges.items():
+            share = abs(weight) / node.inbound if node.inbound else 0.0
+            influence[source] = influence.get(source, 0.0) + own * share
+            listed += share
+            if source not in expanded:
+                ends[names[source[0]]] += own * share
+        ends["features"] += own * node.unlisted / node.inbound if node.inbound else 0.0
+        rest = 1.0 - listed - (node.unlisted / node.inbound if node.inbound else 0.0)
+        ends["biases"] += own * max(0.0, rest)
+    whole = sum(ends.values())
+    return influence, {kind: value / whole if whole else 0.0 for kind, value in ends.items()}
+
+
+def _effects(nodes: Sequence[Node]) -> dict[Key, float]:
+    """Return what the first logit owes to every source by all paths through expanded features.
+
+    Features are taken to pass changes on as they are, which those behind a threshold do.
+    """
+    effects: dict[Key, float] = {}
+    for place, node in enumerate(nodes):
+        if node.kind == "logit":
+            slope = 1.0 if place == 0 else 0.0
+        else:
+            slope = effects.get(key_of(node), 0.0) / (node.activation or 1.0)
+        if slope:
+            for source, weight in node.edges.items():
+                effects[source] = effects.get(source, 0.0) + slope * weight
+    return effects
+
+
+def _edges(
+    nodes: Sequence[Node], kept: dict[Key, float], edge_share: float
+) -> set[tuple[int, Key]]:
+    """Return the edges into nodes that stay, strongest first, until they have their share."""
     ranked = sorted(
         (
             (node.influence * abs(weight) / node.inbound, place, source)
@@ -107,15 +192,25 @@ def prune(nodes: Sequence[Node], options: GraphOptions) -> dict[Key, float]:
     whole, so_far = sum(item[0] for item in ranked), 0.0
     wanted: set[tuple[int, Key]] = set()
     for size, place, source in ranked:
-        if so_far >= options.edge_share * whole:
+        if so_far >= edge_share * whole:
             break
         wanted.add((place, source))
         so_far += size
+    return wanted
+
+
+def add(
+    nodes: Sequence[Node],
+    sums: Tensor,
+    largest: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> None:
+    """Add attributions to nodes: their sum, the largest size among them, and the sum of sizes."""
     for place, node in enumerate(nodes):
-        node.edges = {
-            source: weight for source, weight in node.edges.items() if (place, source) in wanted
-        }
-    return kept
+        node.sums += float(sums[place])
+        size = abs(float(sums[place])) if largest is None else float(largest[place])
+        node.largest = max(node.largest, size)
+        node.inbound += abs(float(sums[place])) if sizes is None else float(sizes[place])
 
 
 def key_of(node: Node) -> Key:
@@ -126,16 +221,17 @@ def key_of(node: Node) -> Key:
 def tables(
     nodes: Sequence[Node],
     residuals: Sequence[float],
-    kept: dict[Key, float],
+    pruned: Pruned,
     tokens: Sequence[str],
+    promoted: Callable[[Key], str],
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the tables of nodes and edges; edges name nodes by their number."""
     expanded = {
         key_of(node): (node, residual)
         for node, residual in zip(nodes, residuals, strict=True)
-        if node.kind == "logit" or key_of(node) in kept
+        if node.kind == "logit" or key_of(node) in pruned.kept
     }
-    keys = [*expanded, *(key for key in kept if key not in expanded)]
+    keys = [*expanded, *(key for key in pruned.kept if key not in expanded)]
     number = {key: place for place, key in enumerate(keys)}
     rows: list[tuple[Any, ...]] = []
     for key in keys:
@@ -151,8 +247,11 @@ def tables(
                 position,
                 token,
                 None if node is None else node.activation,
-                kept.get(key, 0.0 if node is None else node.influence),
+                pruned.kept.get(key, 0.0 if node is None else node.influence),
+                pruned.cumulative.get(key, 1.0),
+                pruned.effects.get(key),
                 residual,
+                promoted(key),
             )
         )
     edges = [
