@@ -42,7 +42,7 @@ def test_a_run_writes_tables_page_and_json_and_is_read_back(
 @pytest.mark.parametrize(
     ("words", "said"),
     (
-        (("--alphas", "1,x"), "--alphas is '1,x'; give numbers"),
+        (("--alphas", "1,x"), "--alphas takes numbers split by commas, not '1,x'"),
         (("--alphas", "0"), "not 0"),
         (("--relations", "capitol"), "did you mean 'capital'"),
         (("--languages", "de"), "no item in 'en'; set language to one of de"),

@@ -11,10 +11,24 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
     StoreOption,
     console,
     emit_json,
+    names,
+    say_files,
+    say_warnings,
+)
+from layerscope.cli.pairs import (
+    DirectionOption,
+    KeepWrongOption,
+    LimitOption,
+    MetricOption,
+    PairsOption,
+    asked,
 )
 
 
@@ -23,10 +37,8 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def attribute(  # pyright: ignore[reportUnusedFunction]
-        model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
-        pairs: Annotated[
-            Path, typer.Option("--pairs", help="File of clean and corrupt prompts with answers.")
-        ],
+        model: ModelArgument,
+        pairs: PairsOption,
         sites: Annotated[
             str,
             typer.Option(
@@ -38,16 +50,8 @@ def register(app: typer.Typer) -> None:
         method: Annotated[
             str, typer.Option("--method", help="atp, ig, ig-activations or atp-star.")
         ] = "atp",
-        metric: Annotated[
-            str, typer.Option("--metric", help="logit_diff, logit, logprob or prob.")
-        ] = "logit_diff",
-        direction: Annotated[
-            str,
-            typer.Option(
-                "--direction",
-                help="noise: corrupt values into the clean run; denoise: the other way about.",
-            ),
-        ] = "noise",
+        metric: MetricOption = "logit_diff",
+        direction: DirectionOption = "noise",
         rule: Annotated[
             str, typer.Option("--rule", help="left, right, midpoint or gauss-legendre.")
         ] = "midpoint",
@@ -75,17 +79,12 @@ def register(app: typer.Typer) -> None:
         circuit: Annotated[
             int, typer.Option("--circuit", help="Edges of the circuit that is drawn.")
         ] = 50,
-        limit: Annotated[
-            int | None, typer.Option("--limit", help="Take only the first pairs.")
-        ] = None,
-        keep_wrong: Annotated[
-            bool,
-            typer.Option("--keep-wrong", help="Keep pairs whose clean prompt is answered wrong."),
-        ] = False,
+        limit: LimitOption = None,
+        keep_wrong: KeepWrongOption = False,
         seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
-        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = DEFAULT_FOLDER,
+        out: OutOption = DEFAULT_FOLDER,
         store: StoreOption = None,
-        html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+        html: HtmlOption = True,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
         as_json: JsonOption = False,
@@ -110,7 +109,7 @@ def register(app: typer.Typer) -> None:
             "qk": qk,
         }
         config = AttributionConfig(
-            sites=tuple(part.strip() for part in sites.split(",") if part.strip()),
+            sites=tuple(names(sites) or ()),
             steps=steps,
             positions=positions,
             verify=verify,
@@ -128,7 +127,7 @@ def register(app: typer.Typer) -> None:
             NAME,
             config=config.to_dict(),
             model=opened.provenance(),
-            prompts=[{"key": pair.key, "prompt": pair.clean, **pair.to_dict()} for pair in given],
+            prompts=asked(given),
             execute=lambda units, progress: execute(planned, units=units, progress=progress),
             page=write_attribution,
             options=KeepOptions(out=out, store=store, html=html),
@@ -141,7 +140,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _show(outcome: Any, where: Path) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     screen, summary = console(), outcome.summary
@@ -164,6 +162,5 @@ def _show(outcome: Any, where: Path) -> None:
     areas = summary.get("areas")
     if areas and areas["CPR"] is not None:
         screen.print(f"CPR {areas['CPR']:.3f}, CMD {areas['CMD']:.3f}")
-    for line in summary["warnings"]:
-        screen.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True, highlight=False)
-    screen.print(escape(str(where)), soft_wrap=True, highlight=False)
+    say_warnings(summary["warnings"])
+    say_files([where])

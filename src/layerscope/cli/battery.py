@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,10 +10,15 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
+    RevisionOption,
     StoreOption,
     console,
     emit_json,
+    names,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +55,7 @@ def register(app: typer.Typer) -> None:
 
 
 def battery(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+    model: ModelArgument,
     source: Annotated[
         str, typer.Option("--battery", help="builtin, or a CSV or YAML file.")
     ] = "builtin",
@@ -92,12 +96,10 @@ def battery(
     seed: Annotated[int, typer.Option(help="Of the permuted answers and the bootstrap.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder that holds run-latest.")] = (
-        DEFAULT_FOLDER
-    ),
+    revision: RevisionOption = None,
+    out: OutOption = DEFAULT_FOLDER,
     store: StoreOption = None,
-    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+    html: HtmlOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Run the experiment, and print what came out."""
@@ -111,17 +113,17 @@ def battery(
     config = BatteryConfig(
         lenses=lenses,
         artifacts=artifacts,
-        parts=PARTS if parts == "all" else () if parts == "none" else tuple(_names(parts) or ()),
+        parts=PARTS if parts == "all" else () if parts == "none" else tuple(names(parts) or ()),
         norm_choice=norm,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         format=prompt_format,  # pyright: ignore[reportArgumentType]  # checked by the config itself
         seed=seed,
     )
     shipped = source == "builtin"
     chosen = Battery.builtin() if shipped else Battery.from_file(source)
-    spoken = None if languages == "all" else _names(languages)
+    spoken = None if languages == "all" else names(languages)
     if languages is None and shipped:
         spoken = ["en"]
-    chosen = chosen.select(relations=_names(relations), languages=spoken, limit=limit)
+    chosen = chosen.select(relations=names(relations), languages=spoken, limit=limit)
     planned = load_quietly(
         lambda: plan(load(model, device=device, dtype=dtype, revision=revision), chosen, config),
         model,
@@ -140,12 +142,6 @@ def battery(
         emit_json(kept.to_dict())
     else:
         _show(kept)
-
-
-def _names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _show(kept: Kept) -> None:
@@ -170,6 +166,11 @@ def _show(kept: Kept) -> None:
             _figure(wording.get("median")),
         )
     screen.print(table)
+    advice = summary["measurement_guidance"]
+    screen.print(f"trust: {advice['trust']}", highlight=False)
+    for entry in advice["reasons"]:
+        line = f"{entry['severity']}: {entry['message']} {entry['action']}"
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
     for stage, number in counts["excluded"].items():
         line = f"left out, {stage}: {number} (listed in excluded.parquet)"
         screen.print(line, markup=False, highlight=False)

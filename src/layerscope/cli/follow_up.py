@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +10,16 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
+    RevisionOption,
     StoreOption,
     console,
     emit_json,
+    names,
+    numbers,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def follow_up(
-    model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+    model: ModelArgument,
     source: Annotated[
         str, typer.Option("--battery", help="builtin, or a CSV or YAML file of facts.")
     ] = "builtin",
@@ -82,12 +87,10 @@ def follow_up(
     seed: Annotated[int, typer.Option(help="Of partners, splits and all that is random.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder that holds run-latest.")] = (
-        DEFAULT_FOLDER
-    ),
+    revision: RevisionOption = None,
+    out: OutOption = DEFAULT_FOLDER,
     store: StoreOption = None,
-    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+    html: HtmlOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Run the experiment, and print what came out."""
@@ -99,7 +102,7 @@ def follow_up(
     from layerscope.reports.follow_up import write_follow_up
 
     lenses, artifacts = parse_lenses(lens)
-    more: dict[str, Any] = {} if alphas is None else {"alphas": _numbers(alphas)}
+    more: dict[str, Any] = {} if alphas is None else {"alphas": numbers(alphas, "--alphas")}
     config = FollowUpConfig(
         battery=BatteryConfig(
             lenses=lenses,
@@ -115,8 +118,8 @@ def follow_up(
         **more,
     )
     whole = Battery.builtin() if source == "builtin" else Battery.from_file(source)
-    spoken = None if languages == "all" else _names(languages) or [language]
-    chosen = whole.select(relations=_names(relations), languages=spoken, limit=limit)
+    spoken = None if languages == "all" else names(languages) or [language]
+    chosen = whole.select(relations=names(relations), languages=spoken, limit=limit)
     planned = load_quietly(
         lambda: plan(
             load(model, device=device, dtype=dtype, revision=revision),
@@ -140,21 +143,6 @@ def follow_up(
         emit_json(kept.to_dict())
     else:
         _show(kept)
-
-
-def _names(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    from layerscope.errors import ConfigError
-
-    try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"--alphas is {text!r}; give numbers, as in -1,0.5,2") from None
 
 
 def _show(kept: Kept) -> None:

@@ -11,10 +11,15 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
     StoreOption,
     console,
     emit_json,
+    say_files,
+    say_warnings,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def fv(  # pyright: ignore[reportUnusedFunction]
-        model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+        model: ModelArgument,
         task: Annotated[
             str,
             typer.Option(
@@ -59,9 +64,9 @@ def register(app: typer.Typer) -> None:
         save: Annotated[
             Path | None, typer.Option("--save", help="Folder for the vector, to steer with.")
         ] = None,
-        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = DEFAULT_FOLDER,
+        out: OutOption = DEFAULT_FOLDER,
         store: StoreOption = None,
-        html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+        html: HtmlOption = True,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
         as_json: JsonOption = False,
@@ -161,7 +166,6 @@ def _save(model: Any, outcome: Any, folder: Path) -> None:
 
 
 def _show(summary: dict[str, Any], where: Path) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     screen = console()
@@ -182,6 +186,5 @@ def _show(summary: dict[str, Any], where: Path) -> None:
         cells = ["" if values.get(key) is None else f"{values[key]:.0%}" for key in keys]
         table.add_row(setting.replace("_", " "), *cells)
     screen.print(table)
-    for line in summary["warnings"]:
-        screen.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True, highlight=False)
-    screen.print(escape(str(where)), soft_wrap=True, highlight=False)
+    say_warnings(summary["warnings"])
+    say_files([where])

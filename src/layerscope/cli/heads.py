@@ -11,10 +11,15 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
     StoreOption,
     console,
     emit_json,
+    say_files,
+    say_warnings,
 )
 
 
@@ -23,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def heads(  # pyright: ignore[reportUnusedFunction]
-        model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+        model: ModelArgument,
         sequences: Annotated[
             int, typer.Option("--sequences", help="Sequences of random tokens.")
         ] = 8,
@@ -34,14 +39,21 @@ def register(app: typer.Typer) -> None:
         threshold: Annotated[
             float, typer.Option("--threshold", help="Induction score of an induction head.")
         ] = 0.3,
-        ablation: Annotated[str, typer.Option("--ablation", help="mean or zero.")] = "mean",
+        ablation: Annotated[
+            str,
+            typer.Option("--ablation", help="mean, zero or resample (another sequence's values)."),
+        ] = "mean",
+        alone: Annotated[
+            bool,
+            typer.Option("--alone/--no-alone", help="Also ablate every head by itself."),
+        ] = True,
         controls: Annotated[
             int, typer.Option("--controls", help="Draws of as many random heads.")
         ] = 10,
         seed: Annotated[int, typer.Option("--seed", help="Of tokens and draws.")] = 0,
-        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = DEFAULT_FOLDER,
+        out: OutOption = DEFAULT_FOLDER,
         store: StoreOption = None,
-        html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+        html: HtmlOption = True,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
         as_json: JsonOption = False,
@@ -61,6 +73,7 @@ def register(app: typer.Typer) -> None:
             length=length,
             threshold=threshold,
             kind=ablation,  # type: ignore[arg-type]
+            alone=alone,
             controls=controls,
             seed=seed,
         )
@@ -83,7 +96,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _show(summary: dict[str, Any], where: Path) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     screen = console()
@@ -107,6 +119,14 @@ def _show(summary: dict[str, Any], where: Path) -> None:
             soft_wrap=True,
             highlight=False,
         )
-    for line in summary["warnings"]:
-        screen.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True, highlight=False)
-    screen.print(escape(str(where)), soft_wrap=True, highlight=False)
+    for row in summary["agreement"]:
+        if row["spearman"] is not None:
+            pair = f"{row['first']} and {row['second']}".replace("_", " ")
+            screen.print(
+                f"{pair}: rank correlation {row['spearman']:.2f}, {row['shared']} of the top "
+                f"{row['top']} shared",
+                soft_wrap=True,
+                highlight=False,
+            )
+    say_warnings(summary["warnings"])
+    say_files([where])

@@ -11,10 +11,16 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    ModelArgument,
+    OutOption,
     StoreOption,
     console,
     emit_json,
+    numbers,
+    say_files,
+    say_warnings,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def steer(  # pyright: ignore[reportUnusedFunction]
-        model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+        model: ModelArgument,
         contrast: Annotated[
             str,
             typer.Option("--contrast", help="JSON, YAML or CSV of contrasts; or demo:reviews."),
@@ -76,9 +82,9 @@ def register(app: typer.Typer) -> None:
         ] = 0.0,
         seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
         save: Annotated[Path | None, typer.Option("--save", help="Folder for the vector.")] = None,
-        out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = DEFAULT_FOLDER,
+        out: OutOption = DEFAULT_FOLDER,
         store: StoreOption = None,
-        html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html.")] = True,
+        html: HtmlOption = True,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
         as_json: JsonOption = False,
@@ -104,7 +110,7 @@ def register(app: typer.Typer) -> None:
         config = SteeringConfig(
             method=method,  # type: ignore[arg-type]
             read_at=read_at,  # type: ignore[arg-type]
-            alphas=_numbers(alphas),
+            alphas=numbers(alphas, "--alpha"),
             layers=None if not layer else tuple(layer),
             mode=mode,  # type: ignore[arg-type]
             scope=scope,
@@ -151,15 +157,6 @@ def _contrasts(
     if name == DEMO:
         return demo_reviews()
     return read_contrasts(name, against=against, positive=positive, negative=negative)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    from layerscope.errors import ConfigError
-
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--alpha takes numbers split by commas, not {text!r}") from None
 
 
 def _save(model: Any, outcome: Any, folder: Path) -> None:
@@ -216,6 +213,5 @@ def _show(outcome: Any, where: Path) -> None:
     for row in outcome.tables["texts"].filter(kind="vector").iter_rows(named=True):
         line = f"{row['alpha']:g}: {escape(row['prompt'])}[bold]{escape(row['text'])}[/]"
         screen.print(line, highlight=False, soft_wrap=True)
-    for line in summary["warnings"]:
-        screen.print(f"[yellow]warning[/]: {escape(line)}", soft_wrap=True, highlight=False)
-    screen.print(escape(str(where)), soft_wrap=True, highlight=False)
+    say_warnings(summary["warnings"])
+    say_files([where])

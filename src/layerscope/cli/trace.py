@@ -11,10 +11,23 @@ from layerscope.cli.common import (
     DEFAULT_FOLDER,
     DeviceOption,
     DtypeOption,
+    HtmlOption,
     JsonOption,
+    MaxMemoryOption,
+    MaxSecondsOption,
+    ModelArgument,
+    OutOption,
+    PlanOption,
+    ProductsOption,
     StoreOption,
     console,
-    emit_json,
+    say_files,
+    say_left_out,
+)
+from layerscope.cli.pairs import (
+    KeepWrongOption,
+    LimitOption,
+    carry_out,
 )
 
 
@@ -23,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def trace(  # pyright: ignore[reportUnusedFunction]
-        model: Annotated[str, typer.Argument(help="Hugging Face id or local folder.")],
+        model: ModelArgument,
         facts: Annotated[
             Path,
             typer.Option("--facts", help="YAML, CSV or JSON of facts: prompt, subject, answer."),
@@ -39,19 +52,15 @@ def register(app: typer.Typer) -> None:
         ] = None,
         seeds: Annotated[int, typer.Option("--seeds", help="Noisy runs per fact.")] = 10,
         metric: Annotated[str, typer.Option("--metric", help="prob, logit, logprob.")] = "prob",
-        limit: Annotated[
-            int | None, typer.Option("--limit", help="Take only the first so many facts.")
-        ] = None,
-        keep_wrong: Annotated[
-            bool, typer.Option("--keep-wrong", help="Keep facts that the model does not answer.")
-        ] = False,
-        products: Annotated[
-            str, typer.Option("--products", help="default, or checked: the fastest exact product.")
-        ] = "default",
-        plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
-        out: Annotated[Path, typer.Option("--out", help="Folder for the runs.")] = DEFAULT_FOLDER,
+        limit: LimitOption = None,
+        keep_wrong: KeepWrongOption = False,
+        products: ProductsOption = "default",
+        max_seconds: MaxSecondsOption = None,
+        max_memory: MaxMemoryOption = None,
+        plan_only: PlanOption = False,
+        out: OutOption = DEFAULT_FOLDER,
         store: StoreOption = None,
-        html: Annotated[bool, typer.Option("--html/--no-html", help="Write a page.")] = True,
+        html: HtmlOption = True,
         device: DeviceOption = None,
         dtype: DtypeOption = None,
         as_json: JsonOption = False,
@@ -63,7 +72,7 @@ def register(app: typer.Typer) -> None:
 
         - `layerscope trace gpt2 --facts known_1000.json --limit 20`
         """
-        from layerscope.cli.keep import KeepOptions, keep, load_quietly
+        from layerscope.cli.keep import KeepOptions, load_quietly
         from layerscope.experiments.patching import (
             TraceConfig,
             execute_trace,
@@ -81,32 +90,27 @@ def register(app: typer.Typer) -> None:
             "metric": metric,
             "keep_wrong": keep_wrong,
             "products": products,
+            "max_seconds": max_seconds,
+            "max_bytes": None if max_memory is None else max_memory * 2**20,
         }
         config = TraceConfig(**options)
         given = read_facts(facts, limit=limit)
         opened = load_quietly(lambda: load(model, device=device, dtype=dtype), model)
         planned = plan_trace(opened, given, config)
-        console(stderr=True).print(planned.describe(), highlight=False, soft_wrap=True)
-        if plan_only:
-            if as_json:
-                emit_json(planned.cost.to_dict())
-            return
-        kept = keep(
+        kept = carry_out(
             "trace",
-            config=config.to_dict(),
-            model=opened.provenance(),
+            planned,
+            execute_trace,
             prompts=[fact.to_dict() for fact in given],
-            execute=lambda units, progress: execute_trace(planned, units=units, progress=progress),
             page=write_tracing,
-            options=KeepOptions(out=out, store=store, html=html),
             unit="cells",
+            options=KeepOptions(out=out, store=store, html=html),
+            plan_only=plan_only,
+            as_json=as_json,
         )
-        if as_json:
-            emit_json(kept.to_dict())
-            return
-        _show(kept.outcome.summary)
-        for path in [*kept.files, *([kept.report] if kept.report else [])]:
-            console().print(str(path), highlight=False, soft_wrap=True)
+        if kept is not None:
+            _show(kept.outcome.summary)
+            say_files([*kept.files, kept.report])
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -121,9 +125,4 @@ def _show(summary: dict[str, Any]) -> None:
         effect = f"{row['indirect']:.4g}"
         table.add_row(row["restore"], row["role"], str(row["layer"]), effect, str(row["facts"]))
     screen.print(table)
-    left = summary["facts"]["left_out"]
-    if left:
-        screen.print(f"{len(left)} of {summary['facts']['given']} facts left out:", highlight=False)
-        for row in left[:5]:
-            line = f"  {row['fact']}: {row['reason']}"
-            screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    say_left_out(summary["facts"]["left_out"], summary["facts"]["given"], "fact")

@@ -28,6 +28,8 @@ _WORDS = {
     "present_token": "present token: weight on its own position",
     "copying": "copying: eigenvalues of the value-output circuit, -1 to 1",
     "own_token_first": "own token first: share of tokens whose own logit is raised most",
+    "direct": "direct: what the head itself adds to the logit of the token to copy",
+    "drop_alone": "drop alone: fall of copying without this head, nats per token",
 }
 
 
@@ -39,6 +41,8 @@ def write_heads(outcome: Outcome, path: Path) -> Path:
         Section("The strongest", [_ranked(table)], "A click on a column's head sorts by it."),
         _ablation(summary),
     ]
+    if summary["agreement"]:
+        sections.append(_agreement(summary))
     if summary["warnings"]:
         sections.insert(0, Section("Take care", [Text(summary["warnings"])]))
     model = Path(str(outcome.provenance["model"]["id"])).name
@@ -76,7 +80,7 @@ def _maps(table: pl.DataFrame) -> Multiples:
             rows=layers,
             columns=[str(head) for head in range(n_heads)],
             caption=words,
-            diverging=kind == "copying",
+            diverging=kind in ("copying", "direct", "drop_alone"),
             row_title="layer",
             column_title="head",
         )
@@ -97,6 +101,24 @@ def _ranked(table: pl.DataFrame) -> Table:
         ],
         "Heads by induction score",
     )
+
+
+def _agreement(summary: dict[str, Any]) -> Section:
+    rows = [
+        (
+            f"{row['first'].replace('_', ' ')} and {row['second'].replace('_', ' ')}",
+            row["spearman"],
+            f"{row['shared']} of {row['top']}",
+        )
+        for row in summary["agreement"]
+    ]
+    part = Table(("measures", "rank correlation", "shared top heads"), rows, "Over all heads.")
+    lead = (
+        "Where a head looks (induction), what it writes itself (direct) and what is lost without "
+        "it (drop alone) are three measures of one thing. Where they part, a head looks there for "
+        "another reason, works through others, or is backed up."
+    )
+    return Section("Do the measures agree?", [part], lead)
 
 
 def _ablation(summary: dict[str, Any]) -> Section:

@@ -29,13 +29,20 @@ def write_patching(outcome: Outcome, path: Path) -> Path:
     summary, provenance = outcome.summary, outcome.provenance
     cells = outcome.tables["cells"].filter(pl.col("metric") == summary["metric"])
     toward = "clean" if summary["direction"] == "denoise" else "corrupt"
-    sections = [_overview(summary, provenance)]
+    sections = [
+        Section(
+            "What was done",
+            checked_figures(summary, provenance),
+            "Recovery is 0 where a patch changes nothing and 1 where it gives the other run's "
+            "number.",
+        )
+    ]
     sections += [
         _sweep(kind, cells.filter(pl.col("kind") == kind), summary, toward)
         for kind in cells["kind"].unique(maintain_order=True)
     ]
     sections.append(_ranking(summary))
-    sections.append(_pairs(outcome.tables["pairs"], summary))
+    sections.append(pair_section(outcome.tables["pairs"], summary))
     return write_page(
         path,
         title="Activation patching",
@@ -47,8 +54,6 @@ def write_patching(outcome: Outcome, path: Path) -> Path:
 
 
 def _verdict(summary: dict[str, Any], toward: str) -> str:
-    if not summary["top"]:
-        return "No pair could be patched."
     best = summary["top"][0]
     share = best["mean_recovery"]
     if share is None:
@@ -59,21 +64,31 @@ def _verdict(summary: dict[str, Any], toward: str) -> str:
     )
 
 
-def _overview(summary: dict[str, Any], provenance: dict[str, Any]) -> Section:
+def checked_figures(
+    summary: dict[str, Any], provenance: dict[str, Any], what: str = "cells"
+) -> list[Part]:
+    """Return what was used, left out, saved and computed twice, with all cautions.
+
+    Args:
+        what: the cells of this run are called.
+    """
     pairs, cost, checked = summary["pairs"], summary["cost"], summary["verified"]
     plan = provenance.get("plan", {})
     error = checked.get("worst_error")
-    saved = cost["naive_block_tokens"] / max(cost["block_tokens"], 1)
+    share, of = "nothing", "beyond the plain runs"
+    if cost["block_tokens"]:
+        share = f"1/{cost['naive_block_tokens'] / cost['block_tokens']:.1f}"
+        of = "of one full pass each"
     figures: list[tuple[str, Any, str]] = [
         ("pairs used", pairs["used"], f"of {pairs['given']}"),
         ("not answered", pairs["not_answered"], "clean prompts"),
         ("refused", pairs["refused"], "see the list of pairs"),
-        ("cells", cost["cells"], f"{cost['idle']} of them cannot have an effect"),
-        ("computed", f"1/{saved:.1f}", "of one full pass per cell"),
+        (what, cost["cells"], f"{cost['idle']} of them cannot have an effect"),
+        ("computed", share, of),
         (
             "worst error",
             "not checked" if error is None else f"{error:.1e}",
-            f"{checked['cells']} cells computed again by a full pass each",
+            f"{checked['cells']} {what} computed again by full passes",
         ),
     ]
     parts: list[Part] = [Figures(figures)]
@@ -82,20 +97,10 @@ def _overview(summary: dict[str, Any], provenance: dict[str, Any]) -> Section:
     if summary["cautions"]:
         parts.append(Text([f"Caution: {caution}." for caution in summary["cautions"]]))
     if summary["zero_denominator"]:
-        parts.append(
-            Text(
-                [
-                    "Both runs give the same number, so that nothing can be recovered, in: "
-                    + ", ".join(summary["zero_denominator"])
-                    + "."
-                ]
-            )
-        )
-    return Section(
-        "What was done",
-        parts,
-        "Recovery is 0 where a patch changes nothing and 1 where it gives the other run's number.",
-    )
+        names = ", ".join(summary["zero_denominator"])
+        line = "Both runs give the same number, so that nothing can be recovered, in: "
+        parts.append(Text([f"{line}{names}."]))
+    return parts
 
 
 def _sweep(kind: str, cells: pl.DataFrame, summary: dict[str, Any], toward: str) -> Section:
@@ -161,21 +166,25 @@ def _map(cells: pl.DataFrame, across: str, caption: str) -> HeatMap:
 
 def _ranking(summary: dict[str, Any]) -> Section:
     table = pl.DataFrame(summary["top"], infer_schema_length=None)
-    parts: list[Part] = [_table(table, "Most recovered first.")] if summary["top"] else []
-    if not parts:
-        parts = [Text(["Nothing was patched."])]
-    return Section("Ranking", parts, "All kinds of sites together, mean over pairs.")
+    parts: list[Part] = [_table(table, "Most recovered first.")]
+    lead = (
+        "All kinds of sites together, mean over pairs. Control: the same patch with another "
+        "pair's values. About half is to be expected, since the patched run's own answer is gone; "
+        "where it recovers as much, the patch says nothing of this pair."
+    )
+    return Section("Ranking", parts, lead)
 
 
 def _table(rows: pl.DataFrame, caption: str) -> Table:
     return Table(
-        ("what", "place", "token", "mean recovery", "deviation", "mean value", "pairs"),
+        ("what", "place", "token", "mean recovery", "control", "deviation", "mean value", "pairs"),
         [
             (
                 _unit_name(row),
                 row["place"],
                 row["token"] or "",
                 row["mean_recovery"],
+                row.get("control"),
                 row["std_recovery"],
                 row["mean_value"],
                 row["pairs"],
@@ -186,7 +195,8 @@ def _table(rows: pl.DataFrame, caption: str) -> Table:
     )
 
 
-def _pairs(pairs: pl.DataFrame, summary: dict[str, Any]) -> Section:
+def pair_section(pairs: pl.DataFrame, summary: dict[str, Any]) -> Section:
+    """Return the list of pairs, with the reasons of those that were left out."""
     columns = ("pair", "clean", "corrupt", "answers", "foils", "answer_rank", "used", "reason")
     rows = [
         tuple("" if row[name] is None else row[name] for name in columns)

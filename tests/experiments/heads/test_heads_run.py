@@ -27,7 +27,11 @@ def test_the_embedded_model(model, tmp_path) -> None:
     assert summary["ablation"]["ratio"] > 5
     assert summary["top"]["copying"][0]["head"] in ("2.0", "2.1")
     assert outcome.tables["ablation"].height == 2 + 10
+    found = {(row["first"], row["second"]): row for row in summary["agreement"]}
+    assert len(found) == 3 and found["direct", "drop_alone"]["shared"] >= 2
+    assert all(-1 <= row["spearman"] <= 1 for row in found.values())
     page = write_heads(outcome, tmp_path / "heads.html").read_text(encoding="utf-8")
+    assert "Do the measures agree?" in page
     assert "Attention heads of layerscope-demo" in page
     assert "Induction heads: 2.1, 2.0" in page or "Induction heads: 2.0, 2.1" in page
 
@@ -39,8 +43,20 @@ def test_the_same_seed_gives_the_same_tables(model) -> None:
     assert not other.tables["heads"].equals(first.tables["heads"])
 
 
+def test_resampling_finds_the_same_heads_to_matter_and_needs_another_sequence(model) -> None:
+    outcome = heads(model, HeadsConfig(sequences=3, controls=2, kind="resample"))
+    assert outcome.summary["ablation"]["ratio"] > 5
+    strongest = [row["head"] for row in outcome.summary["top"]["drop_alone"][:4]]
+    assert {"2.0", "2.1"} & set(strongest)
+    with pytest.raises(ConfigError, match="use 2 sequences or more"):
+        HeadsConfig(sequences=1, kind="resample")
+
+
 def test_nothing_to_ablate_is_said(model) -> None:
-    skipped = heads(model, HeadsConfig(sequences=2, threshold=1.0)).summary["ablation"]
+    settings = HeadsConfig(sequences=2, threshold=1.0, alone=False)
+    whole = heads(model, settings)
+    assert "drop_alone" not in whole.tables["heads"].columns
+    skipped = whole.summary["ablation"]
     assert skipped["status"] == "skipped" and "no head reaches" in skipped["reason"]
     with pytest.raises(ConfigError, match="above 0, at most 1"):
         HeadsConfig(threshold=0.0)

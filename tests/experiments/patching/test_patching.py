@@ -128,13 +128,37 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model, tmp_path):
     assert len(kept) == 2
     seen = []
     again = execute(planned, units=Units(kept), progress=lambda done, of: seen.append((done, of)))
-    assert seen[-1][0] == seen[-1][1] == 2 * 2 * 8 * 6
+    assert seen[-1][0] == seen[-1][1] == 2 * 2 * 8 * 6 + 2  # the cells, and a control per pair
     for name in whole.tables:
         paths = [tmp_path / f"{name}-{which}.parquet" for which in ("whole", "again")]
         for path, outcome in zip(paths, (whole, again), strict=True):
             outcome.tables[name].write_parquet(path)
         assert paths[0].read_bytes() == paths[1].read_bytes()
     assert json.dumps(whole.summary) == json.dumps(again.summary)
+
+
+def test_the_control_is_the_same_patch_with_another_pairs_values(model):
+    outcome = patch(model, PAIRS, PatchConfig(sites=("resid_pre", "heads"), metrics=("prob",)))
+    control = outcome.tables["control"]
+    assert dict(control.select("pair", "other").unique().rows()) == {"fr": "it", "it": "fr"}
+    donor = model.run(model.tokenize(PAIRS[1].clean), capture="resid_pre.*")
+    answer = list(tokenize_pair(model, PAIRS[0]).targets.answers)
+    ends = outcome.tables["cells"].filter(pair="fr").row(0, named=True)
+    rows = control.filter(pair="fr", kind="resid_pre").to_dicts()
+    assert len(rows) > 5
+    for row in rows[:5]:
+        at = int(row["place"])
+        edit = Replace(row["site"], value=donor[row["site"]][0, at], positions=at)
+        logits = model.run(model.tokenize(PAIRS[0].corrupt), logits="last", edits=[edit]).logits
+        value = float(logits[0, -1].softmax(-1)[answer].sum())
+        assert row["value"] == pytest.approx(value, abs=1e-4)
+        share = (value - ends["base"]) / (ends["donor"] - ends["base"])
+        assert row["recovery"] == pytest.approx(share, abs=1e-3)
+    top = outcome.summary["top"]
+    assert top[0]["mean_recovery"] > 0.9 and abs(top[0]["control"]) < 0.1
+    alone = patch(model, PAIRS[:1]).summary
+    assert any("no control" in line for line in alone["cautions"])
+    assert patch(model, PAIRS, PatchConfig(control=False)).tables["control"].is_empty()
 
 
 def test_what_cannot_be_used_is_counted_and_said(model):
@@ -165,7 +189,7 @@ def test_what_cannot_be_used_is_counted_and_said(model):
         patch(model, [longer])
 
 
-def test_a_zero_denominator_is_reported_not_divided_by(model):
+def test_a_zero_denominator_is_reported_not_divided_by(model, tmp_path):
     ranked = PromptPair(
         key="ranked",
         clean="The capital of France is",
@@ -182,6 +206,11 @@ def test_a_zero_denominator_is_reported_not_divided_by(model):
     assert cells.filter(pl.col("pair") == "cities")["recovery"].null_count() == 8 * 6
     assert cells.filter(pl.col("pair") == "ranked")["recovery"].null_count() == 0
     assert any("saturates at 1" in caution for caution in outcome.summary["cautions"])
+    assert any("same rank in 1 of 2 pairs (cities)" in line for line in outcome.summary["cautions"])
+    alone = patch(model, [cities], PatchConfig(metrics=("rank",)))
+    assert alone.summary["top"][0]["mean_recovery"] is None
+    page = write_patching(alone, tmp_path / "page.html").read_text()
+    assert "No recovery exists" in page and "in 1 of 1 pairs" in page
     assert recovery(torch.tensor([1.0]), 2.0, 2.0) is None
     assert recovery(torch.tensor([3.0]), 2.0, 2.0 + 1e-12) is None
     assert recovery(torch.tensor([3.0]), 2.0, 4.0).tolist() == [0.5]
@@ -284,3 +313,8 @@ def test_the_commands_keep_their_runs(model, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["summary"]["facts"]["used"] == 2
     assert run([*command, "--max-seconds", "0.0000001", "--device", "cpu"]) == 2
     assert "would take about" in capsys.readouterr().err
+    pairs.write_text(json.dumps([WRONG.to_dict()]))
+    assert run(command) == 2
+    assert "answers the clean prompt of none of 1 pairs" in capsys.readouterr().err
+    assert run([*command, "--limit", "0"]) == 2
+    assert "'--limit'" in capsys.readouterr().err

@@ -8,14 +8,18 @@ import torch
 import layerscope
 from layerscope.demo import model_path
 from layerscope.errors import ConfigError
+from layerscope.interventions.direct import direct_logit_attribution
 from layerscope.interventions.heads import (
     ablate_heads,
     copying_logprob,
+    direct_scores,
+    drops_alone,
     head_scores,
     repeated_tokens,
 )
 from layerscope.interventions.heads.copying import output_matrices
-from layerscope.models import TokenBatch
+from layerscope.interventions.heads.sequences import parts_of
+from layerscope.models import ResampleAblate, TokenBatch, ZeroAblate
 from support.loaded import loaded
 from support.toy_induction import LENGTH, PREVIOUS, TOKEN, induction_toy
 
@@ -143,6 +147,42 @@ def test_ablation_measures_the_copying_of_the_second_half(demo) -> None:
             assert float(logprob[row, place]) == pytest.approx(
                 float(logits[row, column, token]), abs=1e-4
             )
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma2", "gpt2"))
+def test_direct_shares_are_those_of_the_logits(family: str) -> None:
+    """A head's share of the right token's logit, less that of every token of the sequence."""
+    model = loaded(family)
+    repeated = repeated_tokens(model, n_sequences=3, length=3)
+    ids = repeated.batch.ids
+    own = ids[:, repeated.front : repeated.front + 3]
+    total = torch.zeros(model.n_heads, dtype=torch.float64)
+    for column in repeated.predicted:
+        shares = []
+        for answers in (ids[:, column + 1], *own.T):
+            found = direct_logit_attribution(model, repeated.batch, answers, position=column)
+            heads = [found.parts[f"attn.1.head.{head}"].mean() for head in range(model.n_heads)]
+            shares.append(torch.stack(heads))
+        total += shares[0] - torch.stack(shares[1:]).mean(0)
+    scores = direct_scores(model, repeated)
+    torch.testing.assert_close(scores[1], total / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_heads_alone_are_ablated_by_edits_of_the_whole_pass(demo) -> None:
+    repeated = repeated_tokens(demo, n_sequences=3, length=6)
+    whole, _ = copying_logprob(demo, repeated)
+    for kind, edit in (("zero", ZeroAblate), ("resample", ResampleAblate)):
+        drops = drops_alone(demo, repeated, 2, kind=kind)
+        for head in (0, 3):
+            without, _ = copying_logprob(demo, repeated, [edit(f"attn.2.head.{head}.z")])
+            assert float(drops[head]) == pytest.approx(float((whole - without).mean()), abs=1e-4)
+
+
+def test_sequences_are_cut_into_even_parts(demo) -> None:
+    parts = parts_of(repeated_tokens(demo, n_sequences=33, length=3), 32)
+    assert [len(part.batch) for part in parts] == [16, 17]
+    with pytest.raises(ConfigError, match="use zero, mean, resample"):
+        drops_alone(demo, parts[0], 2, kind="noise")  # type: ignore[arg-type]
 
 
 def test_ablation_draws_are_seeded_and_leave_the_heads_out(demo) -> None:

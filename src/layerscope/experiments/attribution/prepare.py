@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import polars as pl
 
 from layerscope.errors import PromptError
+from layerscope.experiments import provenance
+from layerscope.experiments.patching.gather import WRONG, check_metrics
 from layerscope.experiments.units import Progress
-from layerscope.interventions.attribution import Contrast
+from layerscope.interventions.attribution import Contrast, resolve_sites
 from layerscope.interventions.attribution.contrast import Direction
-from layerscope.interventions.attribution.pairs import MetricName, TargetMetric, contrast_of
+from layerscope.interventions.attribution.pairs import MetricName, contrast_of
 from layerscope.interventions.patching.pairs import PromptPair, TokenPair, tokenize_pairs
 from layerscope.models import LanguageModel, TokenBatch
 from layerscope.models.vocabulary import decode_tokens
@@ -26,7 +29,6 @@ PAIR_SCHEMA = {
     "used": pl.Boolean,
     "reason": pl.String,
 }
-WRONG = "the model does not answer the clean prompt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ def prepare(
                 f"{decode_tokens(model.tokenizer, pair.corrupt)}"
             )
     usable = [pair for pair in tokens if pair.pair.key not in refused]
-    TargetMetric(metric, tuple(pair.targets for pair in usable))  # refused before anything runs
+    check_metrics((metric,), {pair.pair.key: pair.targets for pair in usable})
     answered = _answered(model, usable, per_pass)
     used = [pair for pair in usable if keep_wrong or answered[pair.pair.key]]
     rows = [
@@ -123,6 +125,88 @@ def prepare(
         )
     table = pl.DataFrame(rows, schema=PAIR_SCHEMA)
     return Prepared(model, tuple(used), table, metric, direction)
+
+
+class PairConfig(Protocol):
+    """What the settings of a run over pairs have in common."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Groups of nodes, or sites."""
+        ...
+
+    @property
+    def metric(self) -> MetricName:
+        """What is measured."""
+        ...
+
+    @property
+    def direction(self) -> Direction:
+        """From which run into which."""
+        ...
+
+    @property
+    def keep_wrong(self) -> bool:
+        """Whether pairs that the model gets wrong take part."""
+        ...
+
+    @property
+    def pairs_per_unit(self) -> int:
+        """Pairs of one work unit."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings, ready for JSON."""
+        ...
+
+
+C = TypeVar("C", bound=PairConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class PairPlan(Generic[C]):
+    """A run over pairs that is ready to start: sites and pairs checked, nothing computed."""
+
+    model: LanguageModel
+    config: C
+    prepared: Prepared
+    given: tuple[PromptPair, ...]
+
+    def chunks(self) -> list[tuple[TokenPair, ...]]:
+        """Return the pairs of every work unit."""
+        return list(self.prepared.chunks(self.config.pairs_per_unit))
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides a work unit's result."""
+        return {
+            "model": self.model.provenance(),
+            "versions": provenance.versions(),
+            "config": self.config.to_dict(),
+            "pairs": [pair.to_dict() for pair in self.given],
+        }
+
+    def ends(self) -> tuple[float, float]:
+        """Return the mean metric of the runs that are changed, and of those that give values."""
+        base, donor = self.prepared.contrast().ends
+        return float(base.double().mean()), float(donor.double().mean())
+
+
+def plan_pairs(model: LanguageModel, pairs: Sequence[PromptPair], config: C) -> PairPlan[C]:
+    """Check sites and pairs.
+
+    Raises:
+        PromptError, ConfigError, SiteError, CapabilityError: what does not fit.
+    """
+    resolve_sites(model, list(config.sites))
+    prepared = prepare(
+        model,
+        pairs,
+        metric=config.metric,
+        direction=config.direction,
+        keep_wrong=config.keep_wrong,
+        per_pass=config.pairs_per_unit,
+    )
+    return PairPlan(model, config, prepared, tuple(pairs))
 
 
 def _answered(model: LanguageModel, pairs: Sequence[TokenPair], per_pass: int) -> dict[str, bool]:

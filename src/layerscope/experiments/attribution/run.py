@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from layerscope.experiments import provenance
 from layerscope.experiments.attribution.config import AttributionConfig
-from layerscope.experiments.attribution.prepare import Prepared, prepare, within
+from layerscope.experiments.attribution.prepare import PairPlan, plan_pairs, within
 from layerscope.experiments.attribution.summary import CURVE_SCHEMA, curves, summarise
 from layerscope.experiments.units import (
     Outcome,
@@ -49,18 +48,8 @@ NAME = "attribution"
 RANKINGS: tuple[Ranking, ...] = ("signed", "magnitude")
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A run that is ready to start: sites and pairs checked, nothing attributed."""
-
-    model: LanguageModel
-    config: AttributionConfig
-    prepared: Prepared
-    given: tuple[PromptPair, ...]
-
-    def chunks(self) -> list[tuple[TokenPair, ...]]:
-        """Return the pairs of every work unit."""
-        return list(self.prepared.chunks(self.config.pairs_per_unit))
+Plan = PairPlan[AttributionConfig]
+"""A run that is ready to start."""
 
 
 def attribution(
@@ -87,17 +76,7 @@ def plan(
     model: LanguageModel, pairs: Sequence[PromptPair], config: AttributionConfig | None = None
 ) -> Plan:
     """Check sites and pairs; raises what `attribution` raises."""
-    config = config or AttributionConfig()
-    resolve_sites(model, config.sites)
-    prepared = prepare(
-        model,
-        pairs,
-        metric=config.metric,
-        direction=config.direction,
-        keep_wrong=config.keep_wrong,
-        per_pass=config.pairs_per_unit,
-    )
-    return Plan(model, config, prepared, tuple(pairs))
+    return plan_pairs(model, pairs, config or AttributionConfig())
 
 
 def execute(
@@ -108,12 +87,7 @@ def execute(
     config, model = planned.config, planned.model
     chunks = planned.chunks()
     stages = 3 + config.edges
-    identity = {
-        "model": model.provenance(),
-        "versions": provenance.versions(),
-        "config": config.to_dict(),
-        "pairs": [pair.to_dict() for pair in planned.given],
-    }
+    identity = planned.identity()
 
     def stage(name: str, number: int, do: Callable[[int], Piece], content: Any = None) -> Any:
         works = [
@@ -154,7 +128,7 @@ def execute(
 
 def _pair_notes(planned: Plan) -> dict[str, Any]:
     prepared = planned.prepared
-    base, donor = (float(end.double().mean()) for end in prepared.contrast().ends)
+    base, donor = planned.ends()
     return {
         "given": len(planned.given),
         "used": len(prepared.pairs),

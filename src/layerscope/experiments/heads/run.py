@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import polars as pl
 
-from layerscope.errors import ConfigError
+from layerscope.errors import CapabilityError, ConfigError
 from layerscope.experiments import provenance
 from layerscope.experiments.attribution.prepare import within
 from layerscope.experiments.units import (
@@ -25,14 +27,20 @@ from layerscope.interventions.heads import (
     Ablation,
     Repeated,
     ablate_heads,
+    direct_scores,
+    drops_alone,
     head_scores,
     repeated_tokens,
 )
+from layerscope.interventions.heads.ablation import KINDS as ABLATIONS
 from layerscope.interventions.heads.ablation import Kind
 from layerscope.interventions.heads.scores import KINDS
-from layerscope.models import LanguageModel
+from layerscope.measures.agreement import spearman
+from layerscope.models import LanguageModel, Site
 
 NAME = "heads"
+MEASURES = ("induction", "direct", "drop_alone")
+"""Where a head looks, what it writes itself, and what is lost without it."""
 FEW = 0.2
 """Accuracy in the second half below which a model does not copy, and has nothing to lose."""
 ABLATION_SCHEMA = {
@@ -51,7 +59,9 @@ class HeadsConfig:
         sequences: rows of repeated random tokens. length: tokens before they repeat; None takes 25,
             or what fits the context.
         threshold: induction score from which a head is taken as an induction head.
-        kind: "mean" or "zero" ablation.
+        kind: "mean", "zero" or "resample" ablation.
+        alone: also ablate every head by itself, and say how far where a head looks, what it writes
+            and what is lost without it agree.
         controls: draws of as many random heads.
         seed: of tokens and draws.
     """
@@ -60,6 +70,7 @@ class HeadsConfig:
     length: int | None = None
     threshold: float = 0.3
     kind: Kind = "mean"
+    alone: bool = True
     controls: int = 10
     seed: int = 0
 
@@ -68,8 +79,10 @@ class HeadsConfig:
             raise ConfigError(
                 f"threshold is a mean weight above 0, at most 1; got {self.threshold}"
             )
-        if self.kind not in ("mean", "zero"):
-            raise ConfigError(f"ablation is {self.kind!r}; use 'zero' or 'mean'")
+        if self.kind not in ABLATIONS:
+            raise ConfigError(f"ablation is {self.kind!r}; use {', '.join(ABLATIONS)}")
+        if self.kind == "resample" and self.sequences < 2:
+            raise ConfigError("resample takes values of another sequence; use 2 sequences or more")
         if self.sequences < 1 or self.controls < 1:
             raise ConfigError("sequences and controls must be 1 or more")
 
@@ -120,7 +133,7 @@ def plan(model: LanguageModel, config: HeadsConfig | None = None) -> Plan:
 def execute(
     planned: Plan, *, units: UnitStore | None = None, progress: Progress | None = None
 ) -> Outcome:
-    """Carry out a plan: one work unit for the scores, one for the ablation."""
+    """Carry out a plan: work units for the scores, each block's heads alone, and the ablation."""
     watch = provenance.Stopwatch()
     model, config = planned.model, planned.config
     identity = {
@@ -129,15 +142,24 @@ def execute(
         "config": config.to_dict(),
     }
 
-    def unit(name: str, do: Any, number: int, content: Any = None) -> Piece:
-        tell = within(progress, done=number, total=2)
-        works = [Work(work_key(NAME, identity, name, content), do)]
-        (piece,) = run_units(works, units=units, progress=tell)
-        watch.lap(name)
-        return piece
+    layers = _with_heads(model) if config.alone else []
+    total = 2 + len(layers)
 
-    scored = unit("scores", lambda: _scores(planned), 0)
+    def stage(name: str, do: Sequence[Callable[[], Piece]], number: int, content: Any) -> Any:
+        tell = within(progress, done=number, total=total)
+        works = [
+            Work(work_key(NAME, identity, name, at, content), one) for at, one in enumerate(do)
+        ]
+        pieces = run_units(works, units=units, progress=tell)
+        watch.lap(name)
+        return pieces
+
+    (scored,) = stage("scores", [lambda: _scores(planned)], 0, None)
     table = scored.rows
+    if layers:
+        alone = stage("alone", [partial(_alone, planned, layer) for layer in layers], 1, layers)
+        drops = pl.concat([piece.rows for piece in alone])
+        table = table.join(drops, on=["layer", "head"], how="left", maintain_order="left")
     above = table.filter(pl.col("induction") >= config.threshold)
     found = [
         (layer, head)
@@ -145,7 +167,7 @@ def execute(
     ]
     tables = {"heads": table}
     if 0 < 2 * len(found) <= table.height:
-        ablated = unit("ablation", lambda: _ablation(planned, found), 1, found)
+        (ablated,) = stage("ablation", [lambda: _ablation(planned, found)], total - 1, found)
         tables["ablation"] = ablated.rows
     summary = _summary(planned, table, found, tables.get("ablation"), scored.payload)
     return Outcome(tables, summary, describe_run(NAME, model, config.to_dict(), watch))
@@ -154,7 +176,36 @@ def execute(
 def _scores(planned: Plan) -> Piece:
     scores = head_scores(planned.model, planned.repeated)
     uniform = {kind: float(value) for kind, value in scores.uniform.items()}
-    return Piece(scores.table(), {"uniform": uniform, "notes": list(scores.notes)})
+    table, notes = scores.table(), list(scores.notes)
+    try:
+        direct = direct_scores(planned.model, planned.repeated).flatten()
+    except CapabilityError as error:
+        notes.append(f"no direct shares: {error}")
+    else:
+        values = pl.Series("direct", direct.tolist(), dtype=pl.Float64).fill_nan(None)
+        table = table.with_columns(values)
+    return Piece(table, {"uniform": uniform, "notes": notes})
+
+
+def _with_heads(model: LanguageModel) -> list[int]:
+    """Return the blocks whose heads can be ablated."""
+    return [
+        layer
+        for layer in range(model.n_layers)
+        if model.backend.why_not_edit(Site("attn.z", layer)) is None
+        and model.backend.why_not(Site("attn.z", layer)) is None
+    ]
+
+
+def _alone(planned: Plan, layer: int) -> Piece:
+    drops = drops_alone(planned.model, planned.repeated, layer, kind=planned.config.kind)
+    rows = {
+        "layer": [layer] * len(drops),
+        "head": list(range(len(drops))),
+        "drop_alone": drops.tolist(),
+    }
+    schema = {"layer": pl.Int64, "head": pl.Int64, "drop_alone": pl.Float64}
+    return Piece(pl.DataFrame(rows, schema=schema))
 
 
 def _ablation(planned: Plan, found: Sequence[tuple[int, int]]) -> Piece:
@@ -189,7 +240,7 @@ def _summary(
     ablation: pl.DataFrame | None,
     payload: dict[str, Any],
 ) -> dict[str, Any]:
-    kinds = [kind for kind in (*KINDS, "copying") if kind in table.columns]
+    kinds = [kind for kind in (*KINDS, "copying", "direct", "drop_alone") if kind in table.columns]
     summary: dict[str, Any] = {
         "induction_heads": [f"{layer}.{head}" for layer, head in found],
         "threshold": planned.config.threshold,
@@ -197,6 +248,7 @@ def _summary(
         "length": planned.repeated.length,
         "uniform": payload["uniform"],
         "top": {kind: _top(table, kind) for kind in kinds},
+        "agreement": agreement(table),
         "warnings": list(payload["notes"]),
     }
     if ablation is None:
@@ -229,6 +281,38 @@ def _summary(
             "random ones: their patterns are not what does the copying"
         )
     return summary
+
+
+def agreement(table: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return how far the three measures of an induction head agree, pair by pair.
+
+    ``spearman``: rank correlation over all heads that have both. ``shared``: of the top heads of
+    one, those that are also top of the other; the top are a fifth of all heads, at most 10.
+    """
+    measures = [name for name in MEASURES if name in table.columns]
+    found: list[dict[str, Any]] = []
+    for first, second in combinations(measures, 2):
+        both = table.drop_nulls([first, second])
+        number = min(10, max(both.height // 5, 1))
+        tops = [
+            set(
+                both.sort(name, descending=True, maintain_order=True)
+                .head(number)
+                .select("layer", "head")
+                .rows()
+            )
+            for name in (first, second)
+        ]
+        found.append(
+            {
+                "first": first,
+                "second": second,
+                "spearman": spearman(both[first].to_list(), both[second].to_list()),
+                "top": number,
+                "shared": len(tops[0] & tops[1]),
+            }
+        )
+    return found
 
 
 def _top(table: pl.DataFrame, kind: str, limit: int = 5) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import polars as pl
 
 from layerscope.errors import ConfigError, nearest
 from layerscope.experiments import provenance
-from layerscope.experiments.attribution.prepare import Prepared, prepare
+from layerscope.experiments.attribution.prepare import PairPlan, plan_pairs
 from layerscope.experiments.units import (
     Outcome,
     Piece,
@@ -23,7 +23,6 @@ from layerscope.experiments.units import (
     run_units,
     work_key,
 )
-from layerscope.interventions.attribution import resolve_sites
 from layerscope.interventions.attribution.contrast import Direction
 from layerscope.interventions.attribution.pairs import METRICS, MetricName
 from layerscope.interventions.mediation import Mediation, mediate
@@ -90,14 +89,8 @@ class MediationConfig:
         return {**asdict(self), "sites": list(self.sites)}
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A run that is ready to start: sites and pairs checked."""
-
-    model: LanguageModel
-    config: MediationConfig
-    prepared: Prepared
-    given: tuple[PromptPair, ...]
+Plan = PairPlan[MediationConfig]
+"""A run that is ready to start."""
 
 
 def mediation(
@@ -124,17 +117,7 @@ def plan(
     model: LanguageModel, pairs: Sequence[PromptPair], config: MediationConfig | None = None
 ) -> Plan:
     """Check sites and pairs; raises what `mediation` raises."""
-    config = config or MediationConfig()
-    resolve_sites(model, list(config.sites))
-    prepared = prepare(
-        model,
-        pairs,
-        metric=config.metric,
-        direction=config.direction,
-        keep_wrong=config.keep_wrong,
-        per_pass=config.pairs_per_unit,
-    )
-    return Plan(model, config, prepared, tuple(pairs))
+    return plan_pairs(model, pairs, config or MediationConfig())
 
 
 def execute(
@@ -143,13 +126,8 @@ def execute(
     """Carry out a plan; a work unit is a few pairs."""
     watch = provenance.Stopwatch()
     model, config = planned.model, planned.config
-    identity = {
-        "model": model.provenance(),
-        "versions": provenance.versions(),
-        "config": config.to_dict(),
-        "pairs": [pair.to_dict() for pair in planned.given],
-    }
-    chunks = list(planned.prepared.chunks(config.pairs_per_unit))
+    identity = planned.identity()
+    chunks = planned.chunks()
     works = [
         Work(work_key(NAME, identity, at), partial(_effects, planned, chunk), len(chunk))
         for at, chunk in enumerate(chunks)
@@ -239,7 +217,7 @@ def _whole(planned: Plan, effects: pl.DataFrame) -> Mediation:
 
 def _summary(planned: Plan, whole: Mediation, table: pl.DataFrame) -> dict[str, Any]:
     config, prepared = planned.config, planned.prepared
-    base, donor = (float(end.double().mean()) for end in prepared.contrast().ends)
+    base, donor = planned.ends()
     single = table.filter(pl.col("mediator") != TOGETHER)
     order = single.sort(pl.col("indirect").abs(), descending=True, maintain_order=True).head(10)
     warnings = prepared.notes()

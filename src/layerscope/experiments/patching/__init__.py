@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from layerscope.experiments.patching.config import PatchConfig
+from layerscope.experiments.patching.facts import Fact, read_facts
 from layerscope.experiments.patching.files import read_pairs
 from layerscope.experiments.patching.run import PatchPlan, execute, patch, plan
 from layerscope.experiments.patching.trace import (
-    Fact,
     TraceConfig,
     TracePlan,
     execute_trace,
     plan_trace,
-    read_facts,
 )
 
 __all__ = [

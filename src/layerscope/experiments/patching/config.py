@@ -33,6 +33,7 @@ class PatchConfig:
             all where there is no foil), or an answer best of all ("top1").
         keep_wrong: also patch pairs whose clean prompt the model does not answer.
         verify: cells per sweep of a pair that are computed a second time, by a full pass each.
+        control: also patch the strongest cells with another pair's values.
         budget_bytes: what a batch of cells may take.
         max_seconds, max_bytes: refuse a run that is predicted to take more.
     """
@@ -46,6 +47,7 @@ class PatchConfig:
     answered: Literal["foil", "top1"] = "foil"
     keep_wrong: bool = False
     verify: int = 1
+    control: bool = True
     products: Products = "default"
     budget_bytes: int = DEFAULT_BUDGET
     max_seconds: float | None = None

@@ -108,7 +108,7 @@ def _pair(row: Any, where: str, model: LanguageModel | None, number: int) -> Pro
     if not clean or not corrupt:
         missing = "clean" if not clean else "corrupt"
         raise PromptError(f"{where}: {missing} is missing; give clean, corrupt and answer")
-    answers, foils = _listed(_first(row, _ANSWER)), _listed(_first(row, _FOIL))
+    answers, foils = words_of(_first(row, _ANSWER)), words_of(_first(row, _FOIL))
     if "correct_idx" in row:
         answers = (_word(row["correct_idx"], str(clean), model, where),)
         foils = (_word(row["incorrect_idx"], str(clean), model, where),)
@@ -137,7 +137,8 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
-def _listed(value: Any) -> tuple[str, ...]:
+def words_of(value: Any) -> tuple[str, ...]:
+    """Return the words of a field: a list, or a text with ``|`` between them."""
     if value is None:
         return ()
     if isinstance(value, str):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import polars as pl
 import torch
 
-from layerscope.errors import ConfigError
 from layerscope.experiments import provenance
 from layerscope.experiments.patching.config import PatchConfig
-from layerscope.experiments.patching.summary import summarise
+from layerscope.experiments.patching.control import strangers, with_donor
+from layerscope.experiments.patching.gather import PairSet, finite, gather
+from layerscope.experiments.patching.summary import NODE_KEYS, NodeKey, strongest, summarise
+from layerscope.experiments.patching.twice import compared, spread
 from layerscope.experiments.units import (
     Outcome,
     Piece,
@@ -22,6 +24,7 @@ from layerscope.experiments.units import (
     Work,
     describe_run,
     run_units,
+    shifted,
     work_key,
 )
 from layerscope.interventions.patching import (
@@ -31,7 +34,6 @@ from layerscope.interventions.patching import (
     PromptPair,
     Speed,
     TokenPair,
-    batch_of,
     calibrate,
     check_budget,
     cost_of,
@@ -42,10 +44,8 @@ from layerscope.interventions.patching import (
     recovery,
     sites_of_kind,
     sweep,
-    tokenize_pairs,
 )
 from layerscope.models import LanguageModel
-from layerscope.models.vocabulary import decode_tokens
 
 CELL_SCHEMA = {
     "pair": pl.String,
@@ -62,18 +62,12 @@ CELL_SCHEMA = {
     "donor": pl.Float64,
     "recovery": pl.Float64,
 }
-PAIR_SCHEMA = {
+CONTROL_SCHEMA = {
     "pair": pl.String,
-    "clean": pl.String,
-    "corrupt": pl.String,
-    "answers": pl.String,
-    "foils": pl.String,
-    "n_clean": pl.Int64,
-    "n_corrupt": pl.Int64,
-    "answer_rank": pl.Int64,
-    "answered": pl.Boolean,
-    "used": pl.Boolean,
-    "reason": pl.String,
+    "other": pl.String,
+    **{name: CELL_SCHEMA[name] for name in NODE_KEYS},
+    "value": pl.Float64,
+    "recovery": pl.Float64,
 }
 
 
@@ -82,18 +76,13 @@ class PatchPlan:
     """A run that is ready: everything checked, the pairs that take part known, nothing patched.
 
     Attributes:
-        pairs: those that take part. refused: the others' reasons, by key.
-        answered: by key, how the model answers the clean prompt.
+        chosen: the pairs, those that take part and the others.
         cost: of all sweeps. speed: of this machine; None where it was not measured.
     """
 
     model: LanguageModel
     config: PatchConfig
-    given: tuple[PromptPair, ...]
-    pairs: tuple[TokenPair, ...]
-    tokens: dict[str, TokenPair]
-    refused: dict[str, str]
-    answered: dict[str, Answered]
+    chosen: PairSet
     cost: Cost
     speed: Speed | None
 
@@ -107,10 +96,11 @@ class PatchPlan:
         cost = self.cost
         saved = cost.naive_block_tokens / max(cost.block_tokens, 1)
         time = "" if self.seconds is None else f", about {self.seconds:.2g} s"
+        pairs = f"{len(self.chosen.used)} of {len(self.chosen.given)} pairs"
         return (
-            f"{len(self.pairs)} of {len(self.given)} pairs, {cost.cells} cells in {cost.passes} "
-            f"passes{time} and {cost.bytes / 2**20:.0f} MiB; {saved:.1f} times less computed than "
-            "with one full pass per cell"
+            f"{pairs}, {cost.cells} cells in {cost.passes} passes{time} and "
+            f"{cost.bytes / 2**20:.0f} MiB; {saved:.1f} times less computed than with one full "
+            "pass per cell"
         )
 
 
@@ -146,10 +136,15 @@ def plan(
     config = config or PatchConfig()
     for kind in config.sites:
         sites_of_kind(model, kind, config.layers)
-    tokens, refused = tokenize_pairs(model, pairs)
-    _check_metrics(config, tokens)
-    answered = {one.pair.key: _answers(model, one, config) for one in tokens}
-    used = [one for one in tokens if config.keep_wrong or answered[one.pair.key].counts]
+    chosen = gather(
+        model,
+        pairs,
+        metrics=config.metrics,
+        answered=config.answered,
+        keep_wrong=config.keep_wrong,
+        products=config.products,
+    )
+    used = chosen.used
     cost = NO_COST
     whole = any(metric_of(name).whole for name in config.metrics)
     for one in used:
@@ -157,19 +152,9 @@ def plan(
             nodes = _nodes(model, one, kind, config)
             cost += cost_of(model, one, nodes, budget=config.budget_bytes, whole=whole)
     speed = None
-    if used and timed:
+    if timed:
         speed = calibrate(model, used[0], products=config.products)
-    planned = PatchPlan(
-        model,
-        config,
-        tuple(pairs),
-        tuple(used),
-        {one.pair.key: one for one in tokens},
-        refused,
-        answered,
-        cost,
-        speed,
-    )
+    planned = PatchPlan(model, config, chosen, cost, speed)
     check_budget(
         planned.seconds or 0.0, cost, most_seconds=config.max_seconds, most_bytes=config.max_bytes
     )
@@ -179,32 +164,40 @@ def plan(
 def execute(
     planned: PatchPlan, *, units: UnitStore | None = None, progress: Progress | None = None
 ) -> Outcome:
-    """Carry out a plan, one work unit per pair and kind of site, and summarise it."""
+    """Carry out a plan: a work unit per pair and kind, then one per pair for the control."""
     watch = provenance.Stopwatch()
     model, config = planned.model, planned.config
     identity = [model.provenance(), provenance.versions()]
+    settings = {**config.to_dict(), "max_seconds": None, "max_bytes": None}
     works: list[Work] = []
-    for pair in planned.pairs:
+    for pair in planned.chosen.used:
         for kind in config.sites:
             nodes = _nodes(model, pair, kind, config)
-            settings = {**config.to_dict(), "sites": [kind], "max_seconds": None, "max_bytes": None}
-            works.append(
-                Work(
-                    work_key("patch", settings, pair.pair.to_dict(), *identity),
-                    _Unit(planned, pair, nodes),
-                    size=len(nodes),
-                )
-            )
-    pieces = run_units(works, units=units, progress=progress)
+            key = work_key("patch", {**settings, "sites": [kind]}, pair.pair.to_dict(), *identity)
+            works.append(Work(key, _Unit(planned, pair, nodes), size=len(nodes)))
+    others = _others(planned)
+    size = sum(work.size for work in works)
+    total = size + len(others)
+    pieces = run_units(works, units=units, progress=shifted(progress, 0, total))
     watch.lap("patch")
-    cells = (
-        pl.concat([piece.rows for piece in pieces]) if pieces else pl.DataFrame(schema=CELL_SCHEMA)
-    )
-    table = _pair_table(planned)
+    cells = pl.concat([piece.rows for piece in pieces])
+    top = strongest(cells, config.metrics[0])
+    works = []
+    for pair in planned.chosen.used:
+        other = others.get(pair.pair.key)
+        if other is not None:
+            texts = (pair.pair.to_dict(), other.pair.to_dict())
+            key = work_key("patch", "control", settings, texts, top, *identity)
+            works.append(Work(key, partial(_control, planned, pair, other, cells, top)))
+    beside = run_units(works, units=units, progress=shifted(progress, size, total))
+    watch.lap("control")
+    rows = [piece.rows for piece in beside]
+    control = pl.concat(rows) if rows else pl.DataFrame(schema=CONTROL_SCHEMA)
+    table = planned.chosen.table()
     checks = [piece.payload for piece in pieces if piece.payload.get("cells")]
-    summary = summarise(cells, table, planned.cost, checks, config)
+    summary = summarise(cells, control, table, planned.cost, checks, config)
     return Outcome(
-        {"cells": cells, "pairs": table},
+        {"cells": cells, "control": control, "pairs": table},
         summary,
         describe_run(
             "patch",
@@ -259,14 +252,14 @@ class _Unit:
                     "site": str(node.site),
                     "layer": node.site.layer,
                     "unit": node.unit,
-                    "place": "all" if place is None else place.label,
+                    "place": _label(node),
                     "position": None if place is None else place.clean,
                     "token": None if place is None else tokens[place.clean],
                     "metric": metric,
-                    "value": _finite(value),
-                    "base": _finite(base),
-                    "donor": _finite(donor),
-                    "recovery": None if share is None else _finite(share),
+                    "value": finite(value),
+                    "base": finite(base),
+                    "donor": finite(donor),
+                    "recovery": None if share is None else finite(share),
                 }
                 for name, cell in row.items():
                     columns[name].append(cell)
@@ -275,105 +268,70 @@ class _Unit:
     def _check(self, values: torch.Tensor) -> dict[str, Any]:
         """Compute a few cells again, each by a full pass of its own, and compare the metrics."""
         config, model = self.planned.config, self.planned.model
-        count = min(config.verify, len(self.nodes))
-        if not count:
+        chosen = spread(len(self.nodes), config.verify)
+        if not chosen:
             return {"cells": 0}
-        # Evenly spread, so that no part of a sweep goes unchecked over many pairs.
-        first = len(self.nodes) // (2 * count)
-        chosen = [first + at * len(self.nodes) // count for at in range(count)]
         nodes = [self.nodes[at] for at in chosen]
         runs = record_pair(
             model, self.pair, nodes, direction=config.direction, products=config.products
         )
         reader = runs.reader(tuple(metric_of(name) for name in config.metrics))
         slow = naive_cells(runs.base, [runs.cell(node) for node in nodes])
-        again = reader(slow, [runs.base_row] * count)
-        fast = values[chosen]
-        error = (again - fast).abs()
-        return {
-            "cells": count,
-            "error": _finite(float(error.max())),
-            "scale": _finite(float(torch.maximum(again.abs(), fast.abs()).max())),
+        return compared(reader(slow, [runs.base_row] * len(chosen)), values[chosen])
+
+
+def _others(planned: PatchPlan) -> dict[str, TokenPair]:
+    """Return for each pair the one whose values are its control."""
+    config = planned.config
+    if not config.control:
+        return {}
+    if config.metrics[0] == "kl" and config.direction == "denoise":
+        return {}  # measured from the clean run, which would be the other pair's
+    return strangers(planned.chosen.used, config.direction)
+
+
+def _control(
+    planned: PatchPlan, pair: TokenPair, other: TokenPair, cells: pl.DataFrame, top: list[NodeKey]
+) -> Piece:
+    """Patch the strongest nodes of a pair with another pair's values."""
+    model, config = planned.model, planned.config
+    crossed = with_donor(pair, other, config.direction)
+    nodes = {
+        (kind, str(node.site), node.unit, _label(node)): node
+        for kind in config.sites
+        for node in _nodes(model, crossed, kind, config)
+    }
+    chosen = [key for key in top if key in nodes]
+    values = sweep(
+        model,
+        crossed,
+        [nodes[key] for key in chosen],
+        config.metrics[:1],
+        direction=config.direction,
+        products=config.products,
+        budget=config.budget_bytes,
+    ).cells[:, 0]
+    own = cells.filter(pair=pair.pair.key, metric=config.metrics[0]).row(0, named=True)
+    base, donor = own["base"], own["donor"]
+    shares = None if base is None or donor is None else recovery(values, base, donor)
+    rows = [
+        {
+            "pair": pair.pair.key,
+            "other": other.pair.key,
+            **dict(zip(NODE_KEYS, key, strict=True)),
+            "value": finite(float(values[at])),
+            "recovery": None if shares is None else finite(float(shares[at])),
         }
+        for at, key in enumerate(chosen)
+    ]
+    return Piece(pl.DataFrame(rows, schema=CONTROL_SCHEMA))
+
+
+def _label(node: Node) -> str:
+    return "all" if node.place is None else node.place.label
 
 
 def _nodes(model: LanguageModel, pair: TokenPair, kind: str, config: PatchConfig) -> list[Node]:
     return nodes_of(
         model, pair, kind, where=config.where(kind), layers=config.layers, units=config.units
     )
-
-
-def _check_metrics(config: PatchConfig, tokens: Sequence[TokenPair]) -> None:
-    """Refuse metrics that a pair has no tokens for, before anything runs."""
-    for name in config.metrics:
-        metric = metric_of(name)
-        for one in tokens:
-            if not one.targets.answers and name != "kl":
-                raise ConfigError(
-                    f"the metric '{name}' needs an answer, and pair '{one.pair.key}' has none: add "
-                    "it, or measure kl"
-                )
-            if metric.foils and not one.targets.foils:
-                raise ConfigError(
-                    f"the metric '{name}' needs a foil, and pair '{one.pair.key}' has none: add "
-                    "it, or measure prob, logprob or rank"
-                )
-
-
-@dataclass(frozen=True)
-class Answered:
-    """How the model answers a clean prompt: the rank of its best answer, and whether it counts."""
-
-    rank: int | None
-    counts: bool
-
-
-def _answers(model: LanguageModel, pair: TokenPair, config: PatchConfig) -> Answered:
-    """Return whether a clean prompt is answered: better than with a foil, or best of all."""
-    targets = pair.targets
-    if not targets.answers:
-        return Answered(None, True)
-    logits = model.run(batch_of([pair.clean]), logits="last", products=config.products).logits
-    assert logits is not None
-    row = logits[0, -1].float()
-    best = row[list(targets.answers)].max()
-    rank = 1 + int((row > best).sum())
-    if config.answered == "foil" and targets.foils:
-        margin = row[list(targets.answers)].mean() - row[list(targets.foils)].mean()
-        return Answered(rank, float(margin) > 0)
-    return Answered(rank, rank == 1)
-
-
-def _pair_table(planned: PatchPlan) -> pl.DataFrame:
-    rows: list[dict[str, Any]] = []
-    used = {one.pair.key for one in planned.pairs}
-    for pair in planned.given:
-        tokens = planned.tokens.get(pair.key)
-        answered = planned.answered.get(pair.key)
-        reason = planned.refused.get(pair.key, "")
-        if answered is not None and not answered.counts:
-            reason = "the model does not answer the clean prompt"
-
-        def first(ids: Sequence[int]) -> str:
-            return " | ".join(decode_tokens(planned.model.tokenizer, list(ids)))
-
-        rows.append(
-            {
-                "pair": pair.key,
-                "clean": pair.clean,
-                "corrupt": pair.corrupt,
-                "answers": first(tokens.targets.answers) if tokens else " | ".join(pair.answers),
-                "foils": first(tokens.targets.foils) if tokens else " | ".join(pair.foils),
-                "n_clean": len(tokens.clean) if tokens else None,
-                "n_corrupt": len(tokens.corrupt) if tokens else None,
-                "answer_rank": None if answered is None else answered.rank,
-                "answered": None if answered is None else answered.counts,
-                "used": pair.key in used,
-                "reason": reason,
-            }
-        )
-    return pl.DataFrame(rows, schema=PAIR_SCHEMA)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

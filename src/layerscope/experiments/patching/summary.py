@@ -8,6 +8,8 @@ from typing import Any
 import polars as pl
 
 from layerscope.experiments.patching.config import PatchConfig
+from layerscope.experiments.patching.control import doubts
+from layerscope.experiments.patching.twice import verified
 from layerscope.interventions.patching import Cost
 
 TOP = 20
@@ -16,8 +18,19 @@ SATURATED = 0.99
 WEAK = 0.1
 
 
+NODE_KEYS = ("kind", "site", "unit", "place")
+NodeKey = tuple[str, str, int | None, str]
+
+
+def strongest(cells: pl.DataFrame, metric: str) -> list[NodeKey]:
+    """Return the nodes that recover most on average, as (kind, site, unit, place)."""
+    means = _ranked(grouped(cells.filter(pl.col("metric") == metric)))
+    return list(means.head(TOP).select(NODE_KEYS).rows())  # type: ignore[arg-type]
+
+
 def summarise(
     cells: pl.DataFrame,
+    control: pl.DataFrame,
     pairs: pl.DataFrame,
     cost: Cost,
     checks: Sequence[Mapping[str, Any]],
@@ -31,38 +44,53 @@ def summarise(
     main = config.metrics[0]
     chosen = cells.filter(pl.col("metric") == main)
     means = grouped(chosen)
-    zero = (
-        chosen.group_by("pair")
-        .agg(pl.col("recovery").is_null().all().alias("none"))
-        .filter(pl.col("none"))["pair"]
+    beside = control.group_by(NODE_KEYS, maintain_order=True).agg(
+        pl.col("recovery").mean().alias("control")
     )
-    left_out = pairs.filter(~pl.col("used"))
-    verified = {"cells": sum(int(check["cells"]) for check in checks)}
-    if verified["cells"]:
-        errors = [check["error"] for check in checks]
-        scales = [check["scale"] for check in checks]
-        known = [error for error in errors if error is not None]
-        verified |= {
-            "worst_error": max(known) if len(known) == len(errors) else None,
-            "scale": max(scale for scale in scales if scale is not None) if known else None,
-        }
+    top = _ranked(means).head(TOP)
+    top = top.join(beside, on=NODE_KEYS, how="left", maintain_order="left", nulls_equal=True)
+    found = cautions(chosen, main)
+    if config.control and top.height:
+        rows = top.select("site", "unit", "place", "mean_recovery", "control").iter_rows()
+        found += doubts(
+            [
+                (f"{site if unit is None else f'{site}[{unit}]'} at {place}", *shares)
+                for site, unit, place, *shares in rows
+            ]
+        )
     return {
         "metric": main,
         "direction": config.direction,
-        "pairs": {
-            "given": pairs.height,
-            "used": int(pairs["used"].sum()),
-            "not_answered": int((pairs["answered"] == False).sum()),  # noqa: E712
-            "refused": int(pairs["answered"].is_null().sum()),
-            "left_out": left_out.select("pair", "reason").to_dicts(),
-        },
-        "zero_denominator": sorted(zero.to_list()),
-        "top": means.sort("mean_recovery", descending=True, nulls_last=True).head(TOP).to_dicts(),
+        "pairs": pair_counts(pairs),
+        "zero_denominator": zero_denominators(chosen),
+        "top": top.to_dicts(),
         "bottom": means.sort("mean_recovery", nulls_last=True).head(5).to_dicts(),
-        "verified": verified,
-        "cautions": cautions(chosen, main),
+        "verified": verified(checks),
+        "cautions": found,
         "cost": cost.to_dict(),
     }
+
+
+def _ranked(means: pl.DataFrame) -> pl.DataFrame:
+    return means.sort("mean_recovery", descending=True, nulls_last=True, maintain_order=True)
+
+
+def pair_counts(pairs: pl.DataFrame) -> dict[str, Any]:
+    """Return how many pairs were given, used and left out, and why."""
+    left_out = pairs.filter(~pl.col("used"))
+    return {
+        "given": pairs.height,
+        "used": int(pairs["used"].sum()),
+        "not_answered": int((pairs["answered"] == False).sum()),  # noqa: E712
+        "refused": int(pairs["answered"].is_null().sum()),
+        "left_out": left_out.select("pair", "reason").to_dicts(),
+    }
+
+
+def zero_denominators(cells: pl.DataFrame) -> list[str]:
+    """Return the pairs whose two runs give the same number, so that no recovery exists."""
+    none = cells.group_by("pair").agg(pl.col("recovery").is_null().all())
+    return sorted(none.filter(pl.col("recovery"))["pair"].to_list())
 
 
 def cautions(cells: pl.DataFrame, metric: str) -> list[str]:
@@ -76,7 +104,14 @@ def cautions(cells: pl.DataFrame, metric: str) -> list[str]:
         )
     if metric == "rank" and bool((ends == 1).any()):
         found.append("rank saturates at 1: growing or shrinking leads do not show; add logit_diff")
-    single = cells.filter(pl.col("place") != "all")
+    zero = zero_denominators(cells)
+    if zero:
+        found.append(
+            f"both runs give the same {metric} in {len(zero)} of {cells['pair'].n_unique()} pairs "
+            f"({', '.join(zero[:5])}), so that nothing can be recovered there: they count in no "
+            "mean; measure something that differs"
+        )
+    single = cells.filter((pl.col("place") != "all") & pl.col("recovery").is_not_null())
     if single.height and not bool((single["recovery"].abs() >= WEAK).any()):
         found.append(
             "no single cell matters: redundant parts (either suffices) and backups hide one "

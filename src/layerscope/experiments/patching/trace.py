@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from layerscope.errors import ConfigError, LayerscopeError, PromptError
 from layerscope.experiments import provenance
-from layerscope.experiments.patching.files import load_file
+from layerscope.experiments.patching.facts import Fact
+from layerscope.experiments.patching.gather import finite, speed_of
 from layerscope.experiments.units import (
     Outcome,
     Piece,
@@ -29,6 +28,7 @@ from layerscope.interventions.patching import (
     Cell,
     Cost,
     Patch,
+    Speed,
     batch_of,
     check_budget,
     cost_of_cells,
@@ -76,20 +76,6 @@ TRACE_SCHEMA = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
-    """A prompt, the words in it that name its subject, and its answer."""
-
-    key: str
-    prompt: str
-    subject: str
-    answer: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fact as JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TraceConfig:
     """Settings of a tracing run.
 
@@ -101,6 +87,7 @@ class TraceConfig:
         seeds: noisy rows per fact.
         metric: "prob", "logit", "logprob", ... of the answer's first token.
         keep_wrong: also trace facts that the model does not answer.
+        max_seconds, max_bytes: refuse a run that is predicted to take more.
     """
 
     restore: tuple[Restore, ...] = ("state", "mlp", "attn")
@@ -113,6 +100,7 @@ class TraceConfig:
     keep_wrong: bool = False
     products: Products = "default"
     budget_bytes: int = DEFAULT_BUDGET
+    max_seconds: float | None = None
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -142,65 +130,36 @@ class TracePlan:
     left_out: Mapping[str, str]
     noise: float
     cost: Cost
+    speed: Speed | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted seconds of all grids."""
+        return None if self.speed is None else self.speed.seconds(self.cost, self.model.n_layers)
 
     def describe(self) -> str:
         """Return the plan in one line."""
         cost = self.cost
         saved = cost.naive_block_tokens / max(cost.block_tokens, 1)
+        time = "" if self.seconds is None else f", about {self.seconds:.2g} s"
         return (
             f"{len(self.facts)} of {len(self.given)} facts, {cost.cells} runs in {cost.passes} "
-            f"passes and {cost.bytes / 2**20:.0f} MiB; {saved:.1f} times less computed than with "
-            f"one full pass each; noise {self.noise:.3g}"
+            f"passes{time} and {cost.bytes / 2**20:.0f} MiB; {saved:.1f} times less computed than "
+            f"with one full pass each; noise {self.noise:.3g}"
         )
-
-
-def read_facts(path: str | Path, *, limit: int | None = None) -> list[Fact]:
-    """Read facts: `prompt`, `subject`, `answer` (or `attribute`), or a relation with its samples.
-
-    Raises:
-        PromptError: the file cannot be read, or an entry lacks something; says which.
-    """
-    path = Path(path)
-    content: Any = load_file(path)
-    if isinstance(content, dict) and "samples" in content:
-        template = str(content["prompt_templates"][0])
-        content = [
-            {
-                "key": sample["subject"],
-                "prompt": template.format(sample["subject"]),
-                "subject": sample["subject"],
-                "answer": sample["object"],
-            }
-            for sample in content["samples"]
-        ]
-    elif isinstance(content, dict):
-        content = content.get("facts", content.get("prompts"))
-    if not isinstance(content, list) or not content:
-        raise PromptError(f"{path}: give a list of facts, each with prompt, subject and answer")
-    facts: list[Fact] = []
-    rows: list[Any] = content
-    for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
-        if not isinstance(row, Mapping):
-            raise PromptError(f"{path}, entry {number}: give prompt, subject and answer")
-        answer = row.get("answer") or row.get("attribute")
-        if not (row.get("prompt") and row.get("subject") and answer):
-            raise PromptError(f"{path}, entry {number}: prompt, subject or answer is missing")
-        key = row.get("key", row.get("known_id", number))
-        facts.append(
-            Fact(
-                key=str(key),
-                prompt=str(row["prompt"]),
-                subject=str(row["subject"]),
-                answer=str(answer),
-            )
-        )
-    return facts
 
 
 def plan_trace(
-    model: LanguageModel, facts: Sequence[Fact], config: TraceConfig | None = None
+    model: LanguageModel,
+    facts: Sequence[Fact],
+    config: TraceConfig | None = None,
+    *,
+    timed: bool = True,
 ) -> TracePlan:
     """Find subjects, see which facts the model knows, and predict the cost.
+
+    Args:
+        timed: measure this machine for the prediction (a few short passes).
 
     Raises:
         PromptError: no fact can be traced; says why the first cannot.
@@ -236,8 +195,12 @@ def plan_trace(
     for _, subject in found:
         for restore in config.restore:
             cost += _cost(model, subject, restore, config)
-    check_budget(0.0, cost, most_seconds=None, most_bytes=config.max_bytes)
-    return TracePlan(model, config, tuple(facts), tuple(found), left_out, noise, cost)
+    speed = speed_of(model, found[0][1].ids, products=config.products) if timed else None
+    planned = TracePlan(model, config, tuple(facts), tuple(found), left_out, noise, cost, speed)
+    check_budget(
+        planned.seconds or 0.0, cost, most_seconds=config.max_seconds, most_bytes=config.max_bytes
+    )
+    return planned
 
 
 def subject_of(model: LanguageModel, fact: Fact) -> Subject:
@@ -260,9 +223,10 @@ def execute_trace(
     watch = provenance.Stopwatch()
     model, config = planned.model, planned.config
     identity = [model.provenance(), provenance.versions()]
+    settings = {**config.to_dict(), "max_seconds": None, "max_bytes": None}
     works = [
         Work(
-            work_key("trace", config.to_dict(), restore, planned.noise, fact.to_dict(), *identity),
+            work_key("trace", settings, restore, planned.noise, fact.to_dict(), *identity),
             _TraceUnit(planned, fact, subject, restore),
             size=len(subject.ids) * model.n_layers,
         )
@@ -348,11 +312,11 @@ class _TraceUnit:
                 "position": cell.position,
                 "token": tokens[cell.position],
                 "role": roles[cell.position],
-                "clean": _finite(found.clean),
-                "noisy": _finite(noisy),
-                "restored": _finite(float(values.mean())),
-                "indirect": _finite(float(values.mean()) - noisy),
-                "deviation": _finite(float(values.std(unbiased=False))),
+                "clean": finite(found.clean),
+                "noisy": finite(noisy),
+                "restored": finite(float(values.mean())),
+                "indirect": finite(float(values.mean()) - noisy),
+                "deviation": finite(float(values.std(unbiased=False))),
             }
             for cell, values in zip(found.cells, found.restored, strict=True)
         ]
@@ -406,7 +370,3 @@ def _cost(model: LanguageModel, subject: Subject, restore: Restore, config: Trac
         budget=config.budget_bytes,
         whole=metric_of(config.metric).whole,
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from layerscope.interventions.heads.ablation import Ablation, ablate_heads, copying_logprob
+from layerscope.interventions.heads.ablation import (
+    Ablation,
+    ablate_heads,
+    copying_logprob,
+    drops_alone,
+)
 from layerscope.interventions.heads.copying import copying_scores
+from layerscope.interventions.heads.direct import direct_scores
 from layerscope.interventions.heads.scores import HeadScores, head_scores
 from layerscope.interventions.heads.sequences import Repeated, repeated_tokens
 
@@ -14,6 +20,8 @@ __all__ = [
     "ablate_heads",
     "copying_logprob",
     "copying_scores",
+    "direct_scores",
+    "drops_alone",
     "head_scores",
     "repeated_tokens",
 ]

@@ -11,11 +11,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.errors import ConfigError
-from layerscope.interventions.heads.sequences import Repeated
-from layerscope.models import Edit, LanguageModel, MeanAblate, Site, ZeroAblate
+from layerscope.interventions.heads.sequences import Repeated, parts_of
+from layerscope.models import (
+    Edit,
+    LanguageModel,
+    MeanAblate,
+    ResampleAblate,
+    Site,
+    Start,
+    ZeroAblate,
+)
 
 Head: TypeAlias = tuple[int, int]
-Kind: TypeAlias = Literal["zero", "mean"]
+Kind: TypeAlias = Literal["zero", "mean", "resample"]
+KINDS: tuple[Kind, ...] = ("zero", "mean", "resample")
+_EDITS: dict[Kind, type[Edit]] = {
+    "zero": ZeroAblate,
+    "mean": MeanAblate,
+    "resample": ResampleAblate,
+}
+ROWS = 32
+"""Sequences of one pass; a mean is taken over those of a pass."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,8 @@ def ablate_heads(
         model: the model.
         repeated: the sequences to copy.
         heads: (layer, head) pairs.
-        kind: "mean" puts the head's mean over all tokens of the batch, "zero" zero.
+        kind: "mean" puts the head's mean over all tokens, "resample" its output in another
+            sequence, "zero" zero.
         n_controls: random draws, without the heads themselves.
         seed: of the draws.
 
@@ -108,11 +125,15 @@ def ablate_heads(
 
 
 def copying_logprob(
-    model: LanguageModel, repeated: Repeated, edits: Sequence[Edit] = ()
+    model: LanguageModel,
+    repeated: Repeated,
+    edits: Sequence[Edit] = (),
+    *,
+    start: Start | None = None,
 ) -> tuple[Float[Tensor, "row place"], Float[Tensor, "row place"]]:
     """Return log-probability (nats) and correctness of every token that can be copied."""
     places = list(repeated.predicted)
-    logits = model.run(repeated.batch, edits=edits, logits=places).logits
+    logits = model.run(repeated.batch, edits=edits, logits=places, start=start).logits
     assert logits is not None
     expected = repeated.batch.ids[:, repeated.second.start + 1 : repeated.second.stop]
     expected = expected.to(logits.device)
@@ -124,15 +145,35 @@ def copying_logprob(
 def _copying(
     model: LanguageModel, repeated: Repeated, edits: Sequence[Edit]
 ) -> tuple[float, float]:
-    logprob, right = copying_logprob(model, repeated, edits)
+    parts = [copying_logprob(model, part, edits) for part in parts_of(repeated, ROWS)]
+    logprob, right = (torch.cat(found) for found in zip(*parts, strict=True))
     return float(logprob.mean()), float(right.mean())
 
 
+def drops_alone(
+    model: LanguageModel, repeated: Repeated, layer: int, *, kind: Kind = "mean"
+) -> Float[Tensor, " head"]:
+    """Return the fall of copying (nats per token) when each head of a block is ablated by itself.
+
+    Passes begin at the block, from the residual that it reads.
+    """
+    drops = torch.zeros(model.n_heads, dtype=torch.float64)
+    before = Site("resid_pre", layer)
+    for part in parts_of(repeated, ROWS):
+        residual = model.run(part.batch, capture=before, stop_after=layer, logits=None)[before]
+        start = Start(layer, residual)
+        whole, _ = copying_logprob(model, part, start=start)
+        share = len(part.batch) / len(repeated.batch)
+        for head in range(model.n_heads):
+            without, _ = copying_logprob(model, part, _edits([(layer, head)], kind), start=start)
+            drops[head] += share * float((whole - without).mean())
+    return drops
+
+
 def _edits(heads: Sequence[Head], kind: Kind) -> list[Edit]:
-    if kind not in ("zero", "mean"):
-        raise ConfigError(f"ablation is {kind!r}; use 'zero' or 'mean'")
-    edit = ZeroAblate if kind == "zero" else MeanAblate
-    return [edit(_site(head)) for head in heads]
+    if kind not in KINDS:
+        raise ConfigError(f"ablation is {kind!r}; use {', '.join(KINDS)}")
+    return [_EDITS[kind](_site(head)) for head in heads]
 
 
 def _site(head: Head) -> Site:

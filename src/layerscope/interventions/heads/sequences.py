@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -77,6 +78,19 @@ def repeated_tokens(
 
 def _front(model: LanguageModel) -> tuple[int, ...]:
     return leading_specials(model.tokenizer)
+
+
+def parts_of(repeated: Repeated, most: int) -> list[Repeated]:
+    """Return the sequences in parts of about the same size, of at most so many rows."""
+    n_rows = len(repeated.batch)
+    number = -(-n_rows // most)
+    cuts = [n_rows * part // number for part in range(number + 1)]
+    return [
+        Repeated(
+            TokenBatch.from_ids(repeated.batch.ids[a:b].tolist()), repeated.front, repeated.length
+        )
+        for a, b in pairwise(cuts)
+    ]
 
 
 def tokens_of(repeated: Repeated) -> Int[torch.Tensor, "row token"]:

@@ -128,7 +128,13 @@ def tokenize_pair(model: LanguageModel, pair: PromptPair) -> TokenPair:
         min(len(clean_ids), len(corrupt_ids)),
     )
     return TokenPair(
-        pair, clean_ids, corrupt_ids, _targets(model, pair), tokens, tuple(places), same
+        pair,
+        clean_ids,
+        corrupt_ids,
+        targets_of(model, pair.key, pair.clean, pair.answers, pair.foils),
+        tokens,
+        tuple(places),
+        same,
     )
 
 
@@ -160,30 +166,39 @@ def batch_of(ids: Sequence[Sequence[int]]) -> TokenBatch:
     )
 
 
-def _targets(model: LanguageModel, pair: PromptPair) -> Targets:
-    answers = _first_ids(model, pair, pair.answers)
-    foils = _first_ids(model, pair, pair.foils)
-    both = set(answers) & set(foils)
+def targets_of(
+    model: LanguageModel, key: str, prompt: str, answers: Sequence[str], foils: Sequence[str]
+) -> Targets:
+    """Return the first tokens of answers and foils after a prompt.
+
+    Raises:
+        AlignmentError: a word has no token of its own there, or an answer and a foil share theirs.
+    """
+    right = _first_ids(model, key, prompt, answers)
+    wrong = _first_ids(model, key, prompt, foils)
+    both = set(right) & set(wrong)
     if both:
         text = decode_tokens(model.tokenizer, [min(both)])[0]
         raise AlignmentError(
-            f"pair '{pair.key}': an answer and a foil begin with the same token {text!r}; choose "
+            f"'{key}': an answer and a foil begin with the same token {text!r}; choose "
             "words that differ in their first token"
         )
-    return Targets(answers, foils)
+    return Targets(right, wrong)
 
 
-def _first_ids(model: LanguageModel, pair: PromptPair, words: Sequence[str]) -> tuple[int, ...]:
+def _first_ids(
+    model: LanguageModel, key: str, prompt: str, words: Sequence[str]
+) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for word in words:
         try:
-            alignment = align_answer(model.tokenizer, pair.clean, word)
+            alignment = align_answer(model.tokenizer, prompt, word)
         except AlignmentError as error:
-            raise AlignmentError(f"pair '{pair.key}': {error}") from error
+            raise AlignmentError(f"'{key}': {error}") from error
         assert alignment.first_id is not None
         if alignment.blank_first:
             raise AlignmentError(
-                f"pair '{pair.key}': the first token of {word!r} is only whitespace, which says "
+                f"'{key}': the first token of {word!r} is only whitespace, which says "
                 "nothing of the answer; reword the prompt so that it ends in a space"
             )
         found[alignment.first_id] = None
