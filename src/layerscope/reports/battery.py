@@ -56,6 +56,7 @@ def write_battery(outcome: Outcome, path: Path) -> Path:
         kicker=f"battery {summary['battery']}, {summary['counts']['prompts']} prompts",
         verdict=verdict(summary, lens),
         sections=[
+            _trust(summary),
             _headline(outcome, lens),
             _relations(outcome, lens),
             _languages(outcome, lens),
@@ -97,9 +98,21 @@ def verdict(summary: Mapping[str, Any], lens: str) -> str:
     return " ".join(lines)
 
 
+def _trust(summary: Mapping[str, Any]) -> Section:
+    advice = summary["measurement_guidance"]
+    rows = [[entry["severity"], entry["message"], entry["action"]] for entry in advice["reasons"]]
+    lead = f"Trust: {advice['trust']}. Figures are quoted under the {_main_lens(summary)} lens."
+    if advice["use_confirmed_semantics"]:
+        lead += " Most onsets are confirmed by another lens: quote confirmed ones."
+    if not rows:
+        return Section("How far to believe it", [Text(["No reason for doubt was found."])], lead)
+    return Section(
+        "How far to believe it", [Table(("severity", "reason", "what to do"), rows)], lead
+    )
+
+
 def _main_lens(summary: Mapping[str, Any]) -> str:
-    lenses = summary["lenses"]
-    return "norm" if "norm" in lenses else lenses[0]
+    return summary["measurement_guidance"]["preferred_lens_for_reporting"]
 
 
 def _rollup(outcome: Outcome, **wanted: str) -> pl.DataFrame:

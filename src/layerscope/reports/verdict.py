@@ -141,15 +141,13 @@ def reasons(summary: Mapping[str, Any]) -> list[Reason]:
 def _evidence(evidence: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(evidence, Mapping):
         return ()
-    # All warnings and thresholds stand where the checks are listed; the first warning says more
-    # than the name of its gate.
+    # Warnings and thresholds stand where the checks are listed. Where there are no numbers, the
+    # first warning says more than the name of its gate.
+    shown = {k: v for k, v in evidence.items() if k not in ("warnings", "thresholds")}
     warnings = evidence.get("warnings")
-    told = [("for instance", str(warnings[0]))] if isinstance(warnings, list) and warnings else []
-    hidden = ("warnings", "thresholds", *(("gates",) if told else ()))
-    return tuple(
-        told
-        + [(str(name), _written(value)) for name, value in evidence.items() if name not in hidden]
-    )
+    if set(shown) == {"gates"} and isinstance(warnings, list) and warnings:
+        shown = {"for instance": warnings[0]}
+    return tuple((str(name), _written(value)) for name, value in shown.items())
 
 
 def _written(value: Any) -> str:

@@ -24,6 +24,7 @@ from layerscope.measures.table import ROW_SCHEMA, conform
 from layerscope.models import Capture, LanguageModel, TokenBatch
 from layerscope.models.vocabulary import is_ignorable
 from layerscope.readout import Readout, Reference, Request, readout
+from layerscope.readout.fused import FROM_LOGITS, Kernels, describe
 
 ANSWER, FOIL = 0, 1  # columns of the tokens asked for
 NO_TOKEN = -1
@@ -41,13 +42,31 @@ REQUEST = Request(
 )
 
 FOIL_RANK = "foil_rank"
+WHOLE_LOGITS = 16 * FROM_LOGITS  # from here on compiled passes save more than loading them takes
+
+
+def kernels_for(n_prompts: int, model: LanguageModel, *, n_lenses: int) -> Kernels:
+    """Return the passes of the readout: one choice for a whole battery, not one for each batch.
+
+    A batch is too small to wait for compiled passes; many batches are not.
+    """
+    logits = n_prompts * (model.n_layers + 1) * n_lenses * model.d_vocab
+    ready = describe()["numba"] is not None and model.unembedding.weight.device.type == "cpu"
+    return "fused" if ready and logits >= WHOLE_LOGITS else "plain"
 
 
 class LastReader:
     """Reads prompts at their last position, with the lenses of one run."""
 
-    def __init__(self, model: LanguageModel, lenses: Sequence[Lens], config: BatteryConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: LanguageModel,
+        lenses: Sequence[Lens],
+        config: BatteryConfig,
+        *,
+        kernels: Kernels = "auto",
+    ) -> None:
+        self.model, self.config, self.kernels = model, config, kernels
         self.lenses = {lens.name: lens for lens in lenses}
         self.strings = model.token_strings()
         self.n_rows = model.n_layers + 1
@@ -141,6 +160,7 @@ class LastReader:
             against=None if against is None else against.flatten(0, 1),
             tokens=tokens.repeat_interleave(self.n_rows, 0),
             products=self.config.products,
+            kernels=self.kernels,
             budget_bytes=self.config.readout_bytes,
         )
 

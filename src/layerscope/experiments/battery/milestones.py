@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from layerscope.experiments.battery.decode import FOIL_RANK
 from layerscope.experiments.battery.prepare import Asked
@@ -15,7 +15,6 @@ from layerscope.experiments.battery.wordings import Wordings
 from layerscope.measures.config import MeasureConfig, decimal
 from layerscope.measures.copy import CopyFlags
 from layerscope.measures.detectors import difference, earliest, first_true
-from layerscope.measures.distribution import entropy_gap_fields
 from layerscope.measures.raw_norm import RawNorm
 from layerscope.measures.rows import Columns, PassRows, pass_rows
 from layerscope.measures.semantics import confirmed_semantics, margin_ok, strong
@@ -139,6 +138,7 @@ def _onsets(
     p_answer = whole.floats("p_answer").reshape(shape)
     foil = whole.floats(FOIL_RANK).reshape(shape)
     broken = whole.true("nonfinite").reshape(shape).sum(1)
+    gaps = _gaps(whole.floats("entropy_bits") - whole.floats("teacher_entropy_bits"), shape)
     found: list[dict[str, Any]] = []
     for number in range(len(parts)):
         record: dict[str, Any] = {name: layers[number] for name, layers in first.items()}
@@ -148,7 +148,25 @@ def _onsets(
         record["foil_rank_at_onset"] = None if onset is None else _whole(foil[number, onset])
         record |= {name: _value(values[number]) for name, values in ends.items()}
         record["answer_rank_last"] = _whole(ends["answer_rank_last"][number])
+        record |= {name: _value(values[number]) for name, values in gaps.items()}
         found.append(record | {"nonfinite_rows": int(broken[number])})
+    return found
+
+
+def _gaps(
+    gap: Float[np.ndarray, " question_row"], shape: tuple[int, int]
+) -> dict[str, Float[np.ndarray, " question"]]:
+    """Return quartiles over the known rows of every question, as `detectors.percentile` has it."""
+    ordered = np.sort(gap.reshape(shape), axis=1)  # NaN comes last
+    last = (~np.isnan(ordered)).sum(1) - 1
+    every = np.arange(len(ordered))
+    found: dict[str, Float[np.ndarray, " question"]] = {}
+    for q in (0.25, 0.5, 0.75):
+        rank = np.maximum(last, 0) * q
+        low, high = np.floor(rank).astype(int), np.ceil(rank).astype(int)
+        weight = rank - low
+        between = ordered[every, low] * (1.0 - weight) + ordered[every, high] * weight
+        found[f"entropy_gap_bits_p{round(100 * q)}"] = between
     return found
 
 
@@ -170,10 +188,8 @@ def _echo(part: PassRows, onset: Mapping[str, Any], config: MeasureConfig) -> di
 
 
 def _trust(part: PassRows, others: Mapping[str, PassRows], config: MeasureConfig) -> dict[str, Any]:
-    """Return entropy gaps, artefact tier (norm against raw) and which lens confirms the onset."""
-    gaps = entropy_gap_fields(part)["entropy_gap_bits_percentiles"]
-    record: dict[str, Any] = {f"entropy_gap_bits_{name}": value for name, value in gaps.items()}
-    record |= dict.fromkeys(
+    """Return the artefact tier (norm against raw) and which lens confirms the onset."""
+    record: dict[str, Any] = dict.fromkeys(
         ("artifact_score", "artifact_tier", "L_semantic_confirmed", "confirmed_source")
     )
     if "raw" in others:

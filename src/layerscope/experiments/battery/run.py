@@ -12,7 +12,8 @@ import polars as pl
 from layerscope.errors import PromptError
 from layerscope.experiments import provenance
 from layerscope.experiments.battery.config import BatteryConfig
-from layerscope.experiments.battery.decode import LastReader
+from layerscope.experiments.battery.decode import LastReader, kernels_for
+from layerscope.experiments.battery.guidance import evaluation_pack, guidance
 from layerscope.experiments.battery.items import Battery
 from layerscope.experiments.battery.milestones import KEPT_ROWS, describe, measure
 from layerscope.experiments.battery.prepare import (
@@ -39,6 +40,7 @@ from layerscope.lenses.find import FoundLens, find_lenses
 from layerscope.models import LanguageModel
 from layerscope.products import choose
 from layerscope.readout import describe_kernels
+from layerscope.readout.fused import Kernels
 
 EXPERIMENT = "battery"
 SCHEMA_VERSION = 1
@@ -54,6 +56,7 @@ class Plan:
     prepared: Prepared
     found: tuple[FoundLens, ...]
     identity: Mapping[str, Any]
+    kernels: Kernels
 
     @property
     def lenses(self) -> tuple[str, ...]:
@@ -95,12 +98,15 @@ def plan(
     if not prepared.asked:
         reason = prepared.excluded[0].reason if prepared.excluded else "the battery is empty"
         raise PromptError(f"no item of {battery.name!r} can be asked of {model.name}: {reason}")
+    ready = [entry for entry in found if entry.lens is not None]
+    kernels = kernels_for(len(prepared.asked), model, n_lenses=len(ready))
     identity = {
         "model": model.provenance(),
         "versions": provenance.versions(),
-        "lenses": {entry.name: dict(entry.identity) for entry in found if entry.lens is not None},
+        "lenses": {entry.name: dict(entry.identity) for entry in ready},
+        "kernels": kernels,
     }
-    return Plan(model, battery, config, prepared, found, identity)
+    return Plan(model, battery, config, prepared, found, identity, kernels)
 
 
 def execute(
@@ -114,7 +120,7 @@ def execute(
     """
     watch = provenance.Stopwatch()
     ready = [entry.lens for entry in planned.found if entry.lens is not None]
-    reader = LastReader(planned.model, ready, planned.config)
+    reader = LastReader(planned.model, ready, planned.config, kernels=planned.kernels)
     groups = batches(planned.prepared.asked, planned.model, planned.config, n_lenses=len(ready))
     works = [_batch(planned, reader, group) for group in groups]
     works += [_control(planned, reader, control) for control in planned.prepared.controls]
@@ -138,6 +144,11 @@ def execute(
         "items": items,
         "rollup": rollup,
         "excluded": excluded,
+    }
+    advice = guidance(found, items)
+    found |= {
+        "measurement_guidance": advice,
+        "evaluation_pack": evaluation_pack(found, advice, tables),
     }
     return Outcome(tables, found, _provenance(planned, watch))
 
@@ -256,6 +267,6 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
         battery={"name": planned.battery.name, "sha256": planned.battery.digest()},
         lenses={entry.name: {**entry.to_dict(), "folder": entry.folder} for entry in planned.found},
         readout_products=choose(config.products, device=device).to_dict(),
-        readout_kernels=describe_kernels(),
+        readout_kernels={**describe_kernels(), "used": planned.kernels},
         run_products=choose(config.run_products, device=device).to_dict(),
     )

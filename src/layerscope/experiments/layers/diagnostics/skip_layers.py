@@ -31,7 +31,7 @@ def skip_layers_sanity(material: Material) -> Section:
     config = material.config.measures
     by_lens: dict[str, Any] = {}
     gates: dict[str, bool | None] = {}
-    warnings = list(scores.text.notes)
+    warnings: list[str] = []
     for name, by_skip in scores.skipped.items():
         section = measure.skip_layers(
             float(scores.full.mean()),
@@ -63,7 +63,7 @@ def skip_layers_sanity(material: Material) -> Section:
     return result(
         gates,
         thresholds={"skip_increase": config.skip_increase, "standard_errors": _SURE},
-        warnings=warnings,
+        warnings=[*warnings, *scores.text.notes],
         **(tuned or by_lens["norm"]),
         lens="tuned" if tuned else "norm",
         by_lens=by_lens,

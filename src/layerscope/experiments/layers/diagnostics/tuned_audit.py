@@ -59,6 +59,8 @@ def tuned_audit(material: Material) -> Section:
         },
         warnings=warnings,
         **per_pass[0],
+        gain_on_prompts_p50=_median_gain(per_pass),
+        gain_on_text_p50=_gain(on_text),
         on_text=on_text,
         sources=material.variant_sources,
         passes=per_pass,
@@ -245,7 +247,7 @@ def _judge(
     """Return gates and warnings: drawn on text, and on the first pass where there is none."""
     basis = on_text if on_text["status"] == "ok" else per_pass[0]
     gains = basis["rotation_vs_temperature"]
-    warnings = list(on_text.get("notes", []))
+    warnings: list[str] = []
     if basis is not on_text:
         warnings.append(f"the verdicts rest on one prompt: {on_text['reason']}")
     tuned, own = gains["delta_kl_tuned_p50"], _median_gain(per_pass)
@@ -271,7 +273,11 @@ def _judge(
         "tuned_is_more_than_calibration": more,
         "tuned_holds_at_later_positions": generalises,
         "tuned_last_row_is_head": all_hold(heads),
-    }, warnings
+    }, [*warnings, *on_text.get("notes", [])]
+
+
+def _gain(on_text: dict[str, Any]) -> float | None:
+    return (on_text.get("rotation_vs_temperature") or {}).get("delta_kl_tuned_p50")
 
 
 def _median_gain(per_pass: list[dict[str, Any]]) -> float:
