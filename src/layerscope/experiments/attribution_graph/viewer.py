@@ -41,7 +41,7 @@ def viewer_graph(outcome: Outcome, *, scan: str, n_layers: int) -> dict[str, Any
     return viewer_file(
         nodes,
         outcome.tables["edges"].iter_rows(),
-        name=summary["prompt"],
+        name=f"{summary['basis']}-{summary['prompt']}",
         scan=scan,
         n_layers=n_layers,
         prompt=summary["prompt"],
