@@ -93,7 +93,7 @@ def test_the_largest_come_first_and_ties_by_lowest_id(order: str, vocab: int) ->
     moments, above = np.zeros((1, 1, 6)), np.zeros((1, 1, 0), np.int64)
     top_z, top_ids = np.empty((1, 1, k), F), np.empty((1, 1, k), np.int64)
     maxima = np.empty(min(256, vocab), F)
-    kernels.rank(job, np.zeros((1, 1, 0), F), maxima, moments, above, top_z, top_ids)
+    kernels.rank(job, 0, 1, np.zeros((1, 1, 0), F), maxima, moments, above, top_z, top_ids)
     expected = sorted(range(vocab), key=lambda token: (-row[token], token))[:k]
     assert top_ids[0, 0].tolist() == expected
     assert top_z[0, 0].tolist() == row[expected].tolist()
@@ -191,7 +191,12 @@ def test_the_size_of_a_job_decides_and_nothing_else(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fused, "FROM_LOGITS", 24 * 333 + 1)
     assert _read(case, "auto").kernels == "plain"
     rule = fused.describe()
-    assert rule == {"numba": kernels.VERSION.removeprefix("numba "), "from_logits": 24 * 333 + 1}
+    assert rule == {
+        "numba": kernels.VERSION.removeprefix("numba "),
+        "from_logits": 24 * 333 + 1,
+        "few_rows": fused.FEW_ROWS,
+        "from_logits_of_few_rows": fused.FROM_LOGITS_OF_FEW,
+    }
 
 
 def test_without_numba_the_plain_passes_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +233,7 @@ def test_loops_that_cannot_be_kept_on_disk_are_compiled_all_the_same() -> None:
     exec("def twice(x):\n    return 2 * x", nowhere)
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit("float64(float64)", cache=True)(nowhere["twice"])
-    loop = kernels._compiled("float64(float64)", fastmath=set())(nowhere["twice"])
+    loop = kernels.compiled("float64(float64)", fastmath=set())(nowhere["twice"])
     assert loop(2.0) == 4.0
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
@@ -23,6 +26,10 @@ Kernels = Literal["auto", "fused", "plain"]
 # From this many logits on, "auto" means compiled passes: smaller jobs are done before these are
 # loaded. It depends on nothing but the job, so that the same job gives the same bytes.
 FROM_LOGITS = 1 << 24
+# Few rows are what is read again and again: one position of all layers, after every change. The
+# compiled product makes the most of them (torch's is as fast from about 90 rows on).
+FEW_ROWS = 48
+FROM_LOGITS_OF_FEW = 1 << 18
 SCRATCH_ROWS = 3  # of logits, for each worker
 _BLOCKS = 256
 
@@ -35,7 +42,8 @@ def load(kernels: Kernels, job: Job) -> ModuleType | None:
     """
     if kernels not in ("auto", "fused", "plain"):
         raise ConfigError(f"unknown kernels {kernels!r}; pass 'auto', 'fused' or 'plain'")
-    large = job.n_rows * job.unembedding.d_vocab >= FROM_LOGITS
+    enough = FROM_LOGITS_OF_FEW if job.n_unembedded <= FEW_ROWS else FROM_LOGITS
+    large = job.n_rows * job.unembedding.d_vocab >= min(enough, FROM_LOGITS)
     if kernels == "plain" or (kernels == "auto" and not large):
         return None
     found = _compiled() if job.hidden.device.type == "cpu" else None
@@ -47,13 +55,27 @@ def load(kernels: Kernels, job: Job) -> ModuleType | None:
     return found
 
 
+def load_dots(n_rows: int) -> ModuleType | None:
+    """Return the compiled product if it suits so many rows; numba must be there."""
+    if n_rows > FEW_ROWS:
+        return None
+    from layerscope.readout import dots
+
+    return dots
+
+
 def describe() -> dict[str, str | int | None]:
     """Return the rule behind "auto" for provenance: numba's version, if any, and from what size."""
     try:
         version = importlib.metadata.version("numba")
     except importlib.metadata.PackageNotFoundError:
         version = None
-    return {"numba": version, "from_logits": FROM_LOGITS}
+    return {
+        "numba": version,
+        "from_logits": FROM_LOGITS,
+        "few_rows": FEW_ROWS,
+        "from_logits_of_few_rows": FROM_LOGITS_OF_FEW,
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,6 +85,33 @@ def _compiled() -> ModuleType | None:
     except (ImportError, OSError):  # no numba, or none that goes with this numpy
         return None
     return kernels
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one worker does at a time: some rows of some groups.
+
+    Attributes:
+        groups: which groups of the tile.
+        first: the first of their rows.
+        last: the row behind them.
+    """
+
+    groups: slice
+    first: int
+    last: int
+
+    def slots(self, tile: Tile) -> list[tuple[int, int]]:
+        """Return the slots that nobody else sees to, from the first to behind the last."""
+        n, end = tile.n_out, tile.slots.shape[1]
+        if (self.first, self.last) == (0, n):
+            return [(0, end)]
+        found = [(self.first, self.last)]
+        if tile.paired:
+            found.append((n + self.first, n + self.last))
+        if tile.reference is not None and not tile.own_reference and self.last == n:
+            found.append((tile.reference, end))
+        return found
 
 
 class FusedTile:
@@ -86,40 +135,62 @@ class FusedTile:
         self._top_ids = np.zeros((n_groups, n_slots, k), np.int64)
         self._n_blocks = min(d_vocab, max(_BLOCKS, 4 * k))
 
-    def work(
+    def pieces(self, parts: Sequence[slice], n_workers: int) -> list[Piece]:
+        """Share the rows of every part out, so that there is something for every worker."""
+        n, cuts = self._tile.n_out, -(-n_workers // len(parts))
+        cuts = max(1, min(cuts, n))
+        ends = [n * cut // cuts for cut in range(cuts + 1)]
+        return [
+            Piece(part, first, last) for part in parts for first, last in itertools.pairwise(ends)
+        ]
+
+    def rank(
         self,
-        part: slice,
+        piece: Piece,
         z: Float[Tensor, "group slot vocab"],
         thresholds: Float[Tensor, "group row n_tok"] | None,
-        *,
-        scratch: Float[Tensor, "buffer vocab"],
     ) -> None:
-        """Run the passes over some groups.
+        """Do what depends on the order of logits, then apply the softcap, in place.
 
         Args:
-            part: which groups of the tile.
-            z: their logits in bits, before the softcap, which is applied in place.
+            piece: which rows; their counterparts come with them, the reference with the last.
+            z: logits of the piece's groups in bits, before the softcap.
             thresholds: logits of which the rank is wanted.
-            scratch: SCRATCH_ROWS rows.
         """
-        tile, request = self._tile, self._job.request
+        tile, groups = self._tile, piece.groups
         if thresholds is None:
             wanted = np.zeros((z.shape[0], tile.n_out, 0), np.float32)
         else:
             wanted = thresholds.contiguous().numpy()
-        moments = self._moments[part]
-        self._kernels.rank(
-            z.numpy(),
-            wanted,
-            np.empty(self._n_blocks, np.float32),
-            moments,
-            self._above[part],
-            self._top_z[part],
-            self._top_ids[part],
-        )
-        self._cap(z, moments)
+        for first, last in piece.slots(tile):
+            self._kernels.rank(
+                z.numpy(),
+                first,
+                last,
+                wanted,
+                np.empty(self._n_blocks, np.float32),
+                self._moments[groups],
+                self._above[groups],
+                self._top_z[groups],
+                self._top_ids[groups],
+            )
+            self._cap(z, self._moments[groups], first, last)
+
+    def compare(
+        self, piece: Piece, z: Float[Tensor, "group slot vocab"], *, scratch: Tensor
+    ) -> None:
+        """Do what depends on probabilities, once everything that this needs has been ranked.
+
+        Args:
+            piece: which rows.
+            z: logits of the piece's groups in bits, as `rank` leaves them.
+            scratch: [SCRATCH_ROWS, vocab]
+        """
+        tile, request = self._tile, self._job.request
         self._kernels.compare(
             z.numpy(),
+            piece.first,
+            piece.last,
             tile.n_out,
             -1 if tile.reference is None else tile.reference,
             tile.paired,
@@ -127,16 +198,19 @@ class FusedTile:
             request.kl_to_reference or request.kl_from_reference or request.cosine,
             request.js or request.l1,
             scratch.numpy(),
-            moments,
-            self._compared[:, part],
+            self._moments[piece.groups],
+            self._compared[:, piece.groups],
         )
 
-    def _cap(self, z: Float[Tensor, "group slot vocab"], moments: np.ndarray) -> None:
+    def _cap(
+        self, z: Float[Tensor, "group slot vocab"], moments: np.ndarray, first: int, last: int
+    ) -> None:
         """Apply the head's softcap; what is ranked has been ranked, and given logits have it."""
         head = self._job.unembedding
-        if head.softcap is None:
+        given = None if self._job.given_logits is None else self._tile.reference
+        slots = slice(first, last if given is None else min(last, given))
+        if head.softcap is None or slots.start >= slots.stop:
             return
-        slots = slice(0, self._tile.reference if self._job.given_logits is not None else None)
         head.cap(z[:, slots], unit=BITS)
         head.cap(torch.from_numpy(moments[:, slots, self._kernels.LARGEST]), unit=BITS)
 

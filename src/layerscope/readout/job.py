@@ -70,6 +70,12 @@ class Job:
         return None
 
     @property
+    def n_unembedded(self) -> int:
+        """Number of rows that are multiplied with the unembedding."""
+        n = self.n_rows if self.against is None else 2 * self.n_rows
+        return n + (0 if self.given_logits is not None else self.n_references or 0)
+
+    @property
     def n_likely(self) -> int:
         """How many of the most likely tokens any part of the request needs."""
         request = self.request

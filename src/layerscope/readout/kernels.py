@@ -48,7 +48,7 @@ _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 _SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def _compiled(
+def compiled(
     signature: str | None = None, *, fastmath: set[str], inline: bool = False
 ) -> Callable[[Loop], Loop]:
     """Compile a loop that runs without the interpreter lock, and keep it on disk if that can be."""
@@ -64,7 +64,7 @@ def _compiled(
     return compile_it
 
 
-@_compiled(fastmath={"contract"}, inline=True)
+@compiled(fastmath={"contract"}, inline=True)
 def exp2(x: np.float32) -> np.float32:
     """Return 2 ** x: 0 below -126, as accurate as float32 up to 126, NaN or infinity for these."""
     rounded = x + _ROUNDER
@@ -75,7 +75,7 @@ def exp2(x: np.float32) -> np.float32:
     return _ZERO if x < _LOWEST else power * scale
 
 
-@_compiled(fastmath={"contract"}, inline=True)
+@compiled(fastmath={"contract"}, inline=True)
 def log2(x: np.float32) -> np.float32:
     """Return the base-2 logarithm of a positive normal number."""
     bits = np.float32(x).view(np.int32)
@@ -86,7 +86,7 @@ def log2(x: np.float32) -> np.float32:
     return lower * t + np.float32(exponent)
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _maxima(row: Floats, maxima: Floats) -> np.float32:
     """Write the largest of the entries b, b + n, b + 2 n, ... of every block b; return the largest.
 
@@ -105,7 +105,7 @@ def _maxima(row: Floats, maxima: Floats) -> np.float32:
     return largest
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _kth_largest(values: Floats, k: int) -> np.float32:
     """Return the k-th largest of some values without NaN (Hoare's selection); reorders them."""
     low, high, wanted = 0, len(values) - 1, k - 1
@@ -130,7 +130,7 @@ def _kth_largest(values: Floats, k: int) -> np.float32:
     return values[wanted]
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _largest(row: Floats, bound: np.float32, values: Floats, ids: Integers) -> None:
     """Keep the largest entries and their ids, largest first, ties by lowest id.
 
@@ -163,7 +163,7 @@ def _largest(row: Floats, bound: np.float32, values: Floats, ids: Integers) -> N
             values[place], ids[place] = z, first + token
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _count_above(row: Floats, threshold: np.float32) -> int:
     """Count the entries strictly above a threshold."""
     above = 0
@@ -175,7 +175,7 @@ def _count_above(row: Floats, threshold: np.float32) -> int:
     return int(above)
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _least(row: Floats) -> np.float32:
     """Return the smallest entry; NaN counts for nothing."""
     lanes = np.full(64, np.inf, np.float32)
@@ -190,7 +190,7 @@ def _least(row: Floats) -> np.float32:
     return least
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _exponentiate(row: Floats, p: Floats, moments: Doubles) -> None:
     """Write ``p = 2 ** (row - shift)``; fill in the sums of p, p times row and squares."""
     shift = np.float32(moments[LARGEST])
@@ -213,7 +213,7 @@ def _exponentiate(row: Floats, p: Floats, moments: Doubles) -> None:
     moments[SHIFT], moments[TOTAL], moments[MEAN], moments[SQUARE] = shift, total, mean, square
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _normalise(row: Floats, p: Floats, total: float) -> bool:
     """Divide exponentials by their sum, in place, but keep them in the domain of `log2`.
 
@@ -233,7 +233,7 @@ def _normalise(row: Floats, p: Floats, total: float) -> bool:
     return finite
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _differ(row: Floats, p: Floats, other: Floats, q: Floats, sums: Doubles) -> None:
     """Fill in the inner products of ``row - other`` with p, with q and with the other logits."""
     with_p = with_q = with_other = 0.0
@@ -252,7 +252,7 @@ def _differ(row: Floats, p: Floats, other: Floats, q: Floats, sums: Doubles) -> 
     sums[P_DIFFERENCE], sums[Q_DIFFERENCE], sums[OTHER_DIFFERENCE] = with_p, with_q, with_other
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _mix(p: Floats, total: float, q: Floats, sums: Doubles) -> None:
     """With ``m = p / total + q``, fill in the sums of m log2 m and of min(m, 2 q)."""
     factor = np.float32(1.0 / total)
@@ -269,14 +269,14 @@ def _mix(p: Floats, total: float, q: Floats, sums: Doubles) -> None:
     sums[MIXTURE], sums[OVERLAP] = mixture, overlap
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _prepare(row: Floats, q: Floats, moments: Doubles) -> bool:
     """Write the probabilities of a row that others are compared with; return if it is finite."""
     _exponentiate(row, q, moments)
     return _normalise(row, q, moments[TOTAL])
 
 
-@_compiled(fastmath=_SUMS)
+@compiled(fastmath=_SUMS)
 def _sum(
     row: Floats,
     p: Floats,
@@ -294,13 +294,15 @@ def _sum(
         _mix(p, total, q, sums)
 
 
-@_compiled(
-    "void(float32[:,:,::1], float32[:,:,::1], float32[::1], float64[:,:,::1], int64[:,:,::1],"
-    " float32[:,:,::1], int64[:,:,::1])",
+@compiled(
+    "void(float32[:,:,::1], int64, int64, float32[:,:,::1], float32[::1], float64[:,:,::1],"
+    " int64[:,:,::1], float32[:,:,::1], int64[:,:,::1])",
     fastmath=_SUMS,
 )
 def rank(
     z: Floats,
+    first: int,
+    last: int,
     thresholds: Floats,
     maxima: Floats,
     moments: Doubles,
@@ -308,10 +310,12 @@ def rank(
     top_z: Floats,
     top_ids: Integers,
 ) -> None:
-    """Fill in what depends on the order of logits.
+    """Fill in what depends on the order of logits, for the slots from `first` to before `last`.
 
     Args:
         z: [group, slot, vocab] logits.
+        first: the first of the slots.
+        last: the slot behind them.
         thresholds: [group, row, n_tok] logits of which the rank is wanted.
         maxima: [block] scratch.
         moments: [group, slot, 6] takes LARGEST.
@@ -321,7 +325,7 @@ def rank(
     """
     k = top_z.shape[2]
     for group in range(z.shape[0]):
-        for slot in range(z.shape[1]):
+        for slot in range(first, last):
             row = z[group, slot]
             moments[group, slot, LARGEST] = _maxima(row, maxima)
             if k > 0:
@@ -333,13 +337,15 @@ def rank(
                     above[group, slot, column] = _count_above(row, threshold)
 
 
-@_compiled(
-    "void(float32[:,:,::1], int64, int64, boolean, boolean, boolean, boolean,"
+@compiled(
+    "void(float32[:,:,::1], int64, int64, int64, int64, boolean, boolean, boolean, boolean,"
     " float32[:,::1], float64[:,:,::1], float64[:,:,:,:])",
     fastmath=_SUMS,
 )
 def compare(
     z: Floats,
+    first: int,
+    last: int,
     n_out: int,
     reference: int,
     paired: bool,
@@ -350,10 +356,12 @@ def compare(
     moments: Doubles,
     compared: Doubles,
 ) -> None:
-    """Fill in what depends on probabilities.
+    """Fill in what depends on probabilities, for the rows from `first` to before `last`.
 
     Args:
         z: [group, slot, vocab] logits in bits, with the head's softcap.
+        first: the first of the rows.
+        last: the row behind them; sums of the reference itself come with the last of all rows.
         n_out: how many slots of each group are the caller's rows.
         reference: slot of the reference, or -1; as a row, it is not compared with itself.
         paired: whether the next `n_out` slots are what the rows are compared with one by one.
@@ -369,9 +377,12 @@ def compare(
     for group in range(z.shape[0]):
         finite = False
         if reference >= 0:
-            finite = _prepare(z[group, reference], q, moments[group, reference])
-            compared[1, group, :, FINITE] = np.float64(finite)
-        for slot in range(n_out):
+            known = moments[group, reference].copy()
+            finite = _prepare(z[group, reference], q, known)
+            compared[1, group, first:last, FINITE] = np.float64(finite)
+            if last == n_out:
+                moments[group, reference] = known
+        for slot in range(first, last):
             row, held = z[group, slot], moments[group, slot]
             if extremes:
                 held[LEAST] = _least(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -29,10 +30,13 @@ def multiply(
     converted: Sequence[Float[Tensor, "slice d_model"]] | None,
     products: ProductChoice,
     workers: Workers,
+    dots: ModuleType | None,
 ) -> None:
     """Write the bare products, in bits, one slice of the vocabulary for each worker at a time.
 
     Low-precision weights are converted to float32 slice by slice, in each worker's `converted`.
+    The compiled product of few rows, where it is given, takes the place of torch's; it needs
+    rows of weights whose entries lie side by side.
     """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
@@ -42,6 +46,9 @@ def multiply(
         if converted is not None:
             part = converted[worker][: len(part)].copy_(part)
         given = out[:, tokens]
+        if dots is not None and part.stride(1) == 1:
+            dots.multiply(in_bits.numpy(), part.numpy(), given.numpy())
+            return
         step = _NARROW if len(in_bits) <= _FEW_ROWS else len(part)
         for first in range(0, len(part), step):
             narrow = slice(first, first + step)

@@ -48,8 +48,10 @@ def readout(
         token_sets: sets of tokens whose probability mass is wanted.
         products: "checked" (the fastest float32-accurate product), "default" (torch as found).
         kernels: "fused" (compiled passes, which need numba), "plain" (torch's own operations), or
-            "auto": fused for jobs of at least 2 ** 24 logits on a CPU where numba is installed,
-            else plain. They differ by float32 rounding; the result says which ran.
+            "auto": fused on a CPU where numba is installed, for jobs of at least 2 ** 24 logits,
+            or 2 ** 18 in at most 48 rows; else plain. They differ by float32 rounding; the result
+            says which ran. Fused kernels also multiply up to 48 rows by themselves (see `dots`),
+            whatever the products.
         budget_bytes: memory for tiles; the statistics themselves come on top.
 
     Returns:
@@ -112,6 +114,7 @@ class _Stream:
             for tile in tiles
         )
         n_tile = max(tile.slots.numel() for tile in tiles)
+        self.dots = None if compiled is None else fused.load_dots(n_tile)
         shape = (3 if tiles[0].paired else 1, worked_on * d_vocab)
         if compiled is not None:
             shape = (fused.SCRATCH_ROWS, d_vocab)
@@ -139,6 +142,7 @@ class _Stream:
             converted=self.converted,
             products=self.products,
             workers=self.workers,
+            dots=self.dots,
         )
         z = flat.view(n_groups, n_slots, d_vocab)
         mine = vectors.view(n_groups, n_slots, -1)[:, : tile.n_out].flatten(0, 1)
@@ -162,11 +166,22 @@ class _Stream:
         assert self.compiled is not None
         sums = fused.FusedTile(self.compiled, self.job, tile)
 
-        def work(part: slice, worker: int) -> None:
-            wanted = None if thresholds is None else thresholds[part]
-            sums.work(part, z[part], wanted, scratch=self.scratch[worker])
+        def rank(piece: fused.Piece, _worker: int = 0) -> None:
+            wanted = None if thresholds is None else thresholds[piece.groups]
+            sums.rank(piece, z[piece.groups], wanted)
 
-        self.workers.map(work, parts, at_once=self.budget.workers)
+        def compare(piece: fused.Piece, worker: int) -> None:
+            sums.compare(piece, z[piece.groups], scratch=self.scratch[worker])
+
+        def both(piece: fused.Piece, worker: int) -> None:
+            rank(piece)
+            compare(piece, worker)
+
+        at_once = self.budget.workers
+        pieces = sums.pieces(parts, at_once)
+        # Rows of a group that is shared out wait for its reference; others stay in the cache.
+        for work in (both,) if len(pieces) == len(parts) else (rank, compare):
+            self.workers.map(work, pieces, at_once=at_once)
         return sums.own_rows(), sums.likeliest() if self.job.n_likely else None
 
     def _plain(
