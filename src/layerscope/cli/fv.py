@@ -60,6 +60,14 @@ def register(app: typer.Typer) -> None:
                 help="Three texts around input and answer, split by |, such as 'Q: |\\nA:|\\n\\n'.",
             ),
         ] = None,
+        text: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--text",
+                help="Sentence with {input}, such as 'The opposite of {input} is', in which the "
+                "vector is tried as well; may be repeated.",
+            ),
+        ] = None,
         seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
         save: Annotated[
             Path | None, typer.Option("--save", help="Folder for the vector, to steer with.")
@@ -93,6 +101,7 @@ def register(app: typer.Typer) -> None:
             heads=_sizes(heads),
             corruption=corruption,  # type: ignore[arg-type]
             layout=layout_of,
+            texts=tuple(text or ()),
             seed=seed,
         )
         opened = load_quietly(lambda: load(model, device=device, dtype=dtype), model)
@@ -185,6 +194,9 @@ def _show(summary: dict[str, Any], where: Path) -> None:
         keys = ("none", "vector", "random_mean", "in_place")
         cells = ["" if values.get(key) is None else f"{values[key]:.0%}" for key in keys]
         table.add_row(setting.replace("_", " "), *cells)
+    for row in summary["texts"]:
+        shares = (row["none"], row["vector"], row["random_mean"])
+        table.add_row(row["text"], *("" if share is None else f"{share:.0%}" for share in shares))
     screen.print(table)
     say_warnings(summary["warnings"])
     say_files([where])

@@ -59,6 +59,10 @@ def _headline(summary: Mapping[str, Any]) -> Section:
             ("examples", "clean"),
         )
     ]
+    rows += [
+        [row["text"], row["none"], row["vector"], row["random_mean"], None, None]
+        for row in summary["texts"]
+    ]
     notes = [
         {"severity": "warn", "message": message, "action": ""} for message in summary["warnings"]
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -117,6 +118,33 @@ def test_a_killed_run_resumes_to_the_same_tables(monkeypatch):
         assert_frame_equal(resumed.tables[name], table)
     assert canonical_json(resumed.summary) == canonical_json(whole.summary)
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_a_text_of_the_layout_gives_what_the_query_alone_gives(monkeypatch):
+    from layerscope.experiments.function_vectors.run import mean_heads as real
+
+    monkeypatch.setattr(
+        "layerscope.experiments.function_vectors.run.mean_heads",
+        lambda *args, **named: real(*args, **{**named, "only_answered": False}),
+    )
+    layout = SMALL.layout.text((), "{input}")
+    config = replace(SMALL, texts=(layout, "Once upon a time {input}"))
+    found = function_vectors(loaded("llama"), small_task(), config)
+    same, other = found.summary["texts"]
+    alone = found.summary["test_top1"]["zero_shot"]
+    assert (same["text"], other["text"]) == config.texts
+    assert all(same[key] == alone[key] for key in ("none", "vector", "random_mean"))
+    queries = found.tables["queries"]
+    size, layer = len(found.summary["chosen"]["heads"]), found.summary["chosen"]["layer"]
+    chosen = queries.filter(kind="vector", heads=size, layer=layer)
+    values = [
+        part["probability"].to_list()
+        for part in (chosen.filter(part="test", setting="zero_shot"), chosen.filter(setting=layout))
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert chosen.filter(setting=config.texts[1])["probability"].to_list() != values[0]
+    with pytest.raises(ConfigError, match=r"needs \{input\} once"):
+        FunctionVectorConfig(texts=("nothing",))
 
 
 def test_a_model_that_answers_nothing_is_said_so():

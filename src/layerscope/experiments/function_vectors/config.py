@@ -27,6 +27,8 @@ class FunctionVectorConfig:
             model answers those nearly as well, which happens where answers alone give a task away.
         validation, test: shares of the pairs for choosing and for testing.
         layout: how prompts are written.
+        texts: sentences with {input} that end where the answer begins; the chosen vector is also
+            tried in these, where nothing looks like the prompts that it was found in.
         coefficient: what the vector is multiplied by.
         seed: of every draw.
     """
@@ -41,6 +43,7 @@ class FunctionVectorConfig:
     validation: float = 0.2
     test: float = 0.3
     layout: Layout = field(default_factory=Layout)
+    texts: tuple[str, ...] = ()
     coefficient: float = 1.0
     seed: int = 0
 
@@ -55,6 +58,9 @@ class FunctionVectorConfig:
                 f"unknown corruption '{self.corruption}'"
                 f"{nearest(self.corruption, get_args(Corruption))}; use auto, shuffled or zero_shot"
             )
+        for text in self.texts:
+            if text.count("{input}") != 1:
+                raise ConfigError(f"the text {text!r} needs {{input}} once, where the query stands")
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
@@ -63,4 +69,4 @@ class FunctionVectorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, ready for JSON."""
-        return {**asdict(self), "heads": list(self.heads)}
+        return {**asdict(self), "heads": list(self.heads), "texts": list(self.texts)}

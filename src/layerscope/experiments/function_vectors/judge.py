@@ -71,6 +71,24 @@ def summarise(
     return summary
 
 
+def in_texts(sweep: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return for each natural text the top-1 accuracy without, with, and with random vectors."""
+    found: list[dict[str, Any]] = []
+    for (text,), of in sweep.filter(part="text").group_by(["setting"], maintain_order=True):
+        draws = of.filter(kind="random")["top1"]
+        found.append(
+            {
+                "text": text,
+                "queries": of.filter(kind="none")["queries"].item(),
+                "none": of.filter(kind="none")["top1"].item(),
+                "vector": of.filter(kind="vector")["top1"].item(),
+                "random_mean": draws.mean(),
+                "random_best": draws.max(),
+            }
+        )
+    return found
+
+
 def _choose(sweep: pl.DataFrame) -> dict[str, Any]:
     """The best zero-shot accuracy; among equals fewer heads, then the likelier answers."""
     tried = sweep.filter(part="validation", setting="zero_shot", kind="vector")

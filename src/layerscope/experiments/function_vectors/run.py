@@ -11,7 +11,7 @@ import polars as pl
 
 from layerscope.experiments import provenance
 from layerscope.experiments.function_vectors.config import FunctionVectorConfig
-from layerscope.experiments.function_vectors.judge import accuracies, summarise
+from layerscope.experiments.function_vectors.judge import accuracies, in_texts, summarise
 from layerscope.experiments.function_vectors.sweep import Sweep
 from layerscope.experiments.units import (
     Outcome,
@@ -32,7 +32,7 @@ from layerscope.interventions.function_vectors.effects import (
 )
 from layerscope.interventions.function_vectors.suffix import LastToken, attention_layers
 from layerscope.interventions.function_vectors.tasks import Task, Trial, make_trials
-from layerscope.models import LanguageModel
+from layerscope.models import LanguageModel, align_answer
 
 NAME = "function_vectors"
 HARDLY_HURT = 0.8  # prompts answered at this share of the clean ones still show the task
@@ -49,6 +49,7 @@ class Plan:
     validation: tuple[Trial, ...]
     test: tuple[Trial, ...]
     layers: tuple[int, ...]
+    texts: dict[str, tuple[Trial, ...]]
 
 
 def function_vectors(
@@ -89,8 +90,21 @@ def plan(model: LanguageModel, task: Task, config: FunctionVectorConfig | None =
     test = draw(
         parts.test, parts.train, count=min(config.trials, len(parts.test)), seed=config.seed + 2
     )
-    model.tokenize([trial.clean for trial in (*training, *validation, *test)])  # all fit, or refuse
-    return Plan(model, task, config, training, validation, test, layers)
+    texts = {text: _in_text(model, text, test) for text in config.texts}
+    every = (*training, *validation, *test, *(trial for some in texts.values() for trial in some))
+    model.tokenize([trial.clean for trial in every])  # all fit, or refuse
+    return Plan(model, task, config, training, validation, test, layers, texts)
+
+
+def _in_text(model: LanguageModel, text: str, test: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Return the test queries as a natural text asks them."""
+    found: list[Trial] = []
+    for trial in test:
+        prompt = text.replace("{input}", trial.query)
+        target = align_answer(model.tokenizer, prompt, trial.answer).first_id
+        assert target is not None
+        found.append(Trial(trial.query, trial.answer, prompt, prompt, prompt, target))
+    return tuple(found)
 
 
 def execute(
@@ -106,7 +120,7 @@ def execute(
         "task": planned.task.to_dict(),
         "config": config.to_dict(),
     }
-    total = 2 + len(planned.layers) + model.n_layers
+    total = 2 + len(planned.layers) + model.n_layers + bool(planned.texts)
 
     def stage(
         name: str, do: Callable[[int], Piece], layers: Sequence[int], done: int
@@ -132,6 +146,15 @@ def execute(
     queries = pl.concat([piece.rows for piece in (first, *swept, *own)])
     sweep = accuracies(queries)
     summary = summarise(sweep, heads, baselines, config, sets)
+    if planned.texts:
+        size, layer = len(summary["chosen"]["heads"]), summary["chosen"]["layer"]
+        of_size = [one for one in sets if len(one.heads) == size]
+        (told,) = stage(
+            "texts", lambda _: run.sweep.in_texts(planned.texts, of_size, layer), (0,), total - 1
+        )
+        queries = pl.concat([queries, told.rows])
+        sweep = accuracies(queries)
+    summary["texts"] = in_texts(sweep)
     vector = run.sweep.vector([(layer, head) for layer, head in summary["chosen"]["heads"]])
     tables = {
         "heads": heads,

@@ -109,6 +109,20 @@ class Sweep:
                 rows += self._rows(part, setting, trials, logits, chosen, kind, None)
         return Piece(pl.DataFrame(rows, schema=SCHEMA))
 
+    def in_texts(
+        self, texts: Mapping[str, Sequence[Trial]], sets: Sequence[HeadSet], layer: int
+    ) -> Piece:
+        """Add vectors to one block in texts of another form, beside none."""
+        vectors = torch.stack([function_vector(self._writes, chosen.heads) for chosen in sets])
+        rows: list[dict[str, Any]] = []
+        for text, trials in texts.items():
+            read = LastToken(self._model, [trial.zero_shot for trial in trials])
+            rows += self._rows("text", text, trials, read.logits, None, "none", None)
+            logits = finish_with_vectors(read, vectors, layer, coefficient=self._config.coefficient)
+            for chosen, of_set in zip(sets, logits, strict=True):
+                rows += self._rows("text", text, trials, of_set, chosen, chosen.kind, layer)
+        return Piece(pl.DataFrame(rows, schema=SCHEMA))
+
     def untouched(self) -> Piece:
         """Ask every query without a vector, and after its examples."""
         rows: list[dict[str, Any]] = []

@@ -143,8 +143,8 @@ def read_questions(
     rows: Any = None if path.is_dir() else load_file(path)
     if isinstance(rows, Mapping):
         rows = rows.get("prompts")
-    first: Any = rows[0] if isinstance(rows, list) and rows else None
-    if not (isinstance(first, Mapping) and first.get("prompt")):
+    listed: list[Any] = rows if isinstance(rows, list) else []
+    if not any(isinstance(row, Mapping) and row.get("prompt") for row in listed):
         return [
             Question(
                 key=pair.key,
@@ -156,7 +156,7 @@ def read_questions(
             for pair in read_pairs(path, model=model, limit=limit)
         ]
     found: dict[str, Question] = {}
-    for number, row in enumerate(rows if limit is None else rows[:limit], start=1):
+    for number, row in enumerate(listed if limit is None else listed[:limit], start=1):
         one = _question(row, f"{path}, entry {number}", number)
         if one.key in found:
             raise PromptError(f"{path}: key {one.key!r} occurs twice; every key must be unique")
