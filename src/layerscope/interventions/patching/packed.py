@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerscope.errors import CapabilityError
@@ -64,32 +64,17 @@ def _try(model: LanguageModel, n_columns: int) -> bool:
     return True
 
 
-@dataclass
-class _Group:
-    """Rows that begin at one position."""
-
-    steps: list[Step] = field(default_factory=lambda: [])
-    residual: Tensor | None = None
-
-    def add(self, steps: Sequence[Step], joined: Float[Tensor, "row pos d_model"]) -> None:
-        """Take rows in."""
-        self.steps += steps
-        self.residual = joined if self.residual is None else torch.cat([self.residual, joined])
-
-
 class PackedClimb:
     """Steps of any positions on their way up the blocks."""
 
     def __init__(self, recording: Recording, steps: Sequence[Step]) -> None:
         self.recording = recording
         self.steps = list(steps)
-        self.groups: dict[int, _Group] = {}
         self.n_layers = recording.model.n_layers
-
-    @property
-    def order(self) -> list[Step]:
-        """The steps in the order in which they are computed and read."""
-        return [step for column in sorted(self.groups) for step in self.groups[column].steps]
+        # The steps that have joined, by their first position, in the order of their rows.
+        self.order: list[Step] = []
+        # Their tokens, one row of a step after the other.
+        self.residual: Float[Tensor, "token d_model"] | None = None
 
     def run(self) -> Float[Tensor, "cell d_model"]:
         """Return the final norm's output at the last position, in `order`."""
@@ -97,13 +82,13 @@ class PackedClimb:
         layers = sorted(joins)
         final: Tensor | None = None
         for place, layer in enumerate(layers):
-            joining = joins[layer]
-            for column, steps in _by_column(joining, opening=False, layer=layer).items():
-                rows = torch.tensor([step.row for step in steps])
-                stored = self.recording.residuals[layer][:, column:]
-                self._join(layer, column, steps, stored[rows.to(stored.device)])
-            opening = _by_column(joining, opening=True, layer=layer)
-            if self.groups:
+            joining = sorted(joins[layer], key=lambda step: step.column)
+            # A step is listed where its first block runs, and again where it joins by itself.
+            entering = [step for step in joining if step.entry == layer == step.first]
+            opening = [step for step in joining if step.first == layer < step.entry]
+            if entering:
+                self._join(layer, entering, self._stored(layer, entering, self._widths(entering)))
+            if self.order:
                 stop = layers[place + 1] if place + 1 < len(layers) else self.n_layers
                 final = self._advance(layer, stop)
             if opening:
@@ -111,89 +96,83 @@ class PackedClimb:
         assert final is not None
         return final
 
-    def _join(self, layer: int, column: int, steps: list[Step], joined: Tensor) -> None:
+    def _widths(self, steps: Sequence[Step]) -> list[int]:
+        return [self.recording.n_columns - step.column for step in steps]
+
+    def _stored(
+        self, layer: int, steps: Sequence[Step], widths: Sequence[int]
+    ) -> Float[Tensor, "token d_model"]:
+        """Return what the recording's block `layer` read, from each step's first position on."""
+        n_columns = self.recording.n_columns
+        begins = [step.row * n_columns + step.column for step in steps]
+        stored = self.recording.residuals[layer].flatten(0, 1)
+        return stored[_ranges(begins, widths).to(stored.device)]
+
+    def _join(self, layer: int, steps: Sequence[Step], joined: Tensor) -> None:
+        """Patch what steps begin with, and put them among the others."""
         now = [
-            (row, patch)
-            for row, step in enumerate(steps)
+            (begin - step.column, patch)
+            for begin, step in zip(_begins(self._widths(steps)), steps, strict=True)
             for patch in step.patches
             if patch.site == Site("resid_pre", layer)
         ]
         if now:
-            write_patches(joined, now, column)
-        self.groups.setdefault(column, _Group()).add(steps, joined)
+            write_patches(joined[None], now, 0, flat=True)
+        if self.residual is None:
+            self.order, self.residual = list(steps), joined
+            return
+        both = [*self.order, *steps]
+        begins = _begins(self._widths(both))
+        places = sorted(range(len(both)), key=lambda place: both[place].column)
+        self.order = [both[place] for place in places]
+        index = _ranges([begins[place] for place in places], self._widths(self.order))
+        self.residual = torch.cat([self.residual, joined])[index.to(joined.device)]
 
-    def _open(self, layer: int, opening: dict[int, list[Step]]) -> None:
+    def _open(self, layer: int, steps: Sequence[Step]) -> None:
         """Run the first block of steps at the positions they change; they join the next one."""
-        pieces: list[Piece] = []
-        parts: list[Tensor] = []
-        for column, steps in opening.items():
-            width = max(step.last for step in steps) - column + 1
-            rows = [step.row for step in steps]
-            stored = self.recording.residuals[layer]
-            index = torch.tensor(rows, device=stored.device)
-            parts.append(stored[index, column : column + width])
-            pieces.append(Piece(column, tuple(rows), width))
-        steps = [step for some in opening.values() for step in some]
-        left = self._pass(pieces, parts, steps, layer, layer + 1, ())
-        for (column, some), piece, own in zip(opening.items(), pieces, left, strict=True):
-            above = self.recording.residuals[layer + 1][:, column:]
-            joined = above[torch.tensor(piece.rows, device=above.device)]
-            joined[:, : piece.width] = own
-            self._join(layer + 1, column, some, joined)
+        furthest: dict[int, int] = defaultdict(int)
+        for step in steps:
+            furthest[step.column] = max(furthest[step.column], step.last)
+        widths = [furthest[step.column] - step.column + 1 for step in steps]
+        left = self._pass(self._stored(layer, steps, widths), steps, widths, layer, layer + 1)
+        joined = self._stored(layer + 1, steps, self._widths(steps))
+        joined[_ranges(_begins(self._widths(steps)), widths).to(joined.device)] = left
+        self._join(layer + 1, steps, joined)
 
     def _advance(self, layer: int, stop: int) -> Tensor | None:
         """Run all rows through blocks `layer` to `stop`; return the end, where that is reached."""
-        pieces: list[Piece] = []
-        parts: list[Tensor] = []
-        for column in sorted(self.groups):
-            group = self.groups[column]
-            assert group.residual is not None
-            rows = tuple(step.row for step in group.steps)
-            pieces.append(Piece(column, rows, group.residual.shape[1]))
-            parts.append(group.residual)
-        # What joined here has its residual's patches already; later ones have not.
-        done = Site("resid_pre", layer)
-        out = self._pass(pieces, parts, self.order, layer, stop, (done,))
+        assert self.residual is not None
+        out = self._pass(self.residual, self.order, self._widths(self.order), layer, stop)
         if stop == self.n_layers:
-            return out[0]
-        for column, own in zip(sorted(self.groups), out, strict=True):
-            self.groups[column].residual = own
+            return out
+        self.residual = out
         return None
 
     def _pass(
         self,
-        pieces: Sequence[Piece],
-        parts: Sequence[Float[Tensor, "row pos d_model"]],
+        residual: Float[Tensor, "token d_model"],
         steps: Sequence[Step],
+        widths: Sequence[int],
         layer: int,
         stop: int,
-        done: Sequence[Site],
-    ) -> list[Tensor]:
-        """Return each piece's residual after block ``stop - 1``, or what is unembedded at last."""
+    ) -> Tensor:
+        """Return the residual after block ``stop - 1``, or what is unembedded at each row's end."""
         recording = self.recording
-        model = recording.model
+        begins = _begins(widths)
         by_site: dict[Site, list[tuple[int, Patch]]] = defaultdict(list)
-        begin = 0
-        ends: list[int] = []
-        own = iter(steps)
-        for piece in pieces:
-            for _ in piece.rows:
-                step = next(own)
-                for patch in step.patches:
-                    joined = patch.site in done and step.entry == layer
-                    if layer <= patch.layer < stop and not joined:
-                        by_site[patch.site].append((begin - piece.column, patch))
-                begin += piece.width
-                ends.append(begin - 1)
-        whole = stop == model.n_layers
+        for begin, step in zip(begins, steps, strict=True):
+            for patch in step.patches:
+                # What joined here has its residual's patches already; later ones have not.
+                joined = step.entry == layer and patch.site == Site("resid_pre", layer)
+                if layer <= patch.layer < stop and not joined:
+                    by_site[patch.site].append((begin - step.column, patch))
+        whole = stop == self.n_layers
         site = "final_norm" if whole else f"resid_post.{stop - 1}"
-        ids = [
-            recording.batch.ids[list(piece.rows), piece.column : piece.column + piece.width]
-            for piece in pieces
-        ]
-        result = model.run(
-            _row(torch.cat([part.flatten() for part in ids])),
-            start=Start(layer, torch.cat([part.flatten(0, 1) for part in parts])[None]),
+        ends = [begin + width - 1 for begin, width in zip(begins, widths, strict=True)]
+        places = [step.row * recording.n_columns + step.column for step in steps]
+        return recording.model.run(
+            _row(recording.batch.ids.flatten()[_ranges(places, widths)]),
+            start=Start(layer, residual[None]),
             stop_after=None if whole else stop - 1,
             capture=Capture(site, positions=ends) if whole else site,
             edits=[edit_of(at, chosen, flat=True) for at, chosen in by_site.items()],
@@ -201,25 +180,29 @@ class PackedClimb:
             cache=recording.cache,
             products=recording.products,
             lean=True,
-            packed=Packed(tuple(pieces)),
+            packed=Packed(_pieces(steps, widths)),
         )[site][0]
-        if whole:
-            return [result]
-        sizes = [piece.size for piece in pieces]
-        return [
-            part.unflatten(0, (-1, piece.width))
-            for part, piece in zip(result.split(sizes), pieces, strict=True)
-        ]
 
 
-def _by_column(joining: Sequence[Step], *, opening: bool, layer: int) -> dict[int, list[Step]]:
-    found: dict[int, list[Step]] = defaultdict(list)
-    for step in joining:
-        opens = step.first == layer < step.entry
-        # A step is listed where its first block runs, and again where it joins by itself.
-        if opens == opening and (opening or step.first == layer):
-            found[step.column].append(step)
-    return dict(sorted(found.items()))
+def _pieces(steps: Sequence[Step], widths: Sequence[int]) -> tuple[Piece, ...]:
+    """Return neighbouring steps of one first position and width as pieces."""
+    shapes = [(step.column, width) for step, width in zip(steps, widths, strict=True)]
+    pieces: list[Piece] = []
+    for (column, width), same in groupby(range(len(steps)), key=lambda at: shapes[at]):
+        pieces.append(Piece(column, tuple(steps[at].row for at in same), width))
+    return tuple(pieces)
+
+
+def _begins(widths: Sequence[int]) -> list[int]:
+    """Return where rows of these widths begin when they are laid one after the other."""
+    return [0, *accumulate(widths)][:-1]
+
+
+def _ranges(begins: Sequence[int], widths: Sequence[int]) -> Int[Tensor, " token"]:
+    """Return the numbers from each beginning on, as many as each width, one after the other."""
+    counts = torch.tensor(widths)
+    first = torch.tensor(begins) - torch.tensor(_begins(widths))
+    return first.repeat_interleave(counts) + torch.arange(int(counts.sum()))
 
 
 def _row(ids: Tensor) -> TokenBatch:

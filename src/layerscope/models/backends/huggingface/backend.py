@@ -74,6 +74,7 @@ class HuggingFaceBackend:
         self._no_cache: str | None = None
         # The same of packed rows.
         self._no_packing: str | None = None
+        self._window: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -304,9 +305,10 @@ class HuggingFaceBackend:
             CapabilityError: they do not, or are longer than a window of this model.
         """
         if self._no_packing is None:
+            self._window = shortest_window(self.model)
             self._no_packing = ""  # lets the proof's own packed pass through
             self._no_packing = self._disprove_packing()
-        limit = shortest_window(self.model)
+        limit = self._window
         too_long = limit is not None and packed.n_columns > limit
         reason = f"its windows are of {limit} tokens" if too_long else self._no_packing
         if reason:

@@ -100,10 +100,13 @@ class KeyValueCache:
     def past(self, block: int, rows: Sequence[int], column: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one block before a column, [row, kv_head, key, d]."""
         layer = _layers(self._native)[block]
+        keys, values = layer.keys[:, :, :column], layer.values[:, :, :column]
         chosen = torch.tensor(list(rows))
         if self._rows is not None:
             chosen = self._rows[chosen]
-        keys, values = layer.keys[:, :, :column], layer.values[:, :, :column]
+        only = int(chosen[0])
+        if bool((chosen == only).all()):
+            keys, values = keys[only : only + 1], values[only : only + 1]
         return _of_rows(keys, chosen), _of_rows(values, chosen)
 
     def _without_gaps(self) -> KeyValueCache:

@@ -61,6 +61,7 @@ def packed_attention(
         raise CapabilityError("the attention of this model does not say which block it is in")
     outputs: list[Tensor] = []
     at = 0
+    hidden = _causal(given.packed.n_columns, heads[0])
     for piece in given.packed.pieces:
         query, key, value = (
             part[0, :, at : at + piece.size].unflatten(1, (-1, piece.width)).transpose(0, 1)
@@ -70,18 +71,18 @@ def packed_attention(
         if piece.column:
             keys, values = given.cache.past(block, piece.rows, piece.column)
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        mask = _causal(piece, query)
+        end = piece.column + piece.width
+        mask = hidden[:, :, piece.column : end, :end]
         output = kernel(module, query, key, value, mask, *args, **options)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         outputs.append(first.flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
-def _causal(piece: Piece, query: Tensor) -> Tensor:
-    """Return a mask to add, [1, 1, query, key]."""
-    shape = (piece.width, piece.column + piece.width)
-    hidden = torch.full(shape, torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-    return hidden.triu(piece.column + 1)[None, None]
+def _causal(n_columns: int, like: Tensor) -> Tensor:
+    """Return the mask of whole rows, to add, [1, 1, query, key]; a piece takes its part of it."""
+    hidden = like.new_full((n_columns, n_columns), torch.finfo(like.dtype).min)
+    return hidden.triu(1)[None, None]
 
 
 def shortest_window(model: PreTrainedModel) -> int | None:
