@@ -15,6 +15,7 @@ from layerscope.reports.page import (
     Lines,
     Multiples,
     Part,
+    Reasons,
     Section,
     Table,
     Text,
@@ -100,15 +101,12 @@ def verdict(summary: Mapping[str, Any], lens: str) -> str:
 
 def _trust(summary: Mapping[str, Any]) -> Section:
     advice = summary["measurement_guidance"]
-    rows = [[entry["severity"], entry["message"], entry["action"]] for entry in advice["reasons"]]
     lead = f"Trust: {advice['trust']}. Figures are quoted under the {_main_lens(summary)} lens."
     if advice["use_confirmed_semantics"]:
-        lead += " Most onsets are confirmed by another lens: quote confirmed ones."
-    if not rows:
-        return Section("How far to believe it", [Text(["No reason for doubt was found."])], lead)
-    return Section(
-        "How far to believe it", [Table(("severity", "reason", "what to do"), rows)], lead
-    )
+        lead += " Another lens confirms most onsets: quote confirmed ones."
+    found = advice["reasons"]
+    part = Reasons(found) if found else Text(["No reason for doubt was found."])
+    return Section("How far to believe it", [part], lead)
 
 
 def _main_lens(summary: Mapping[str, Any]) -> str:
@@ -276,7 +274,7 @@ def _controls(outcome: Outcome, lens: str) -> Section:
             Text(
                 [
                     f"An answer is known by its first token. For {shared:.0%} of the facts another "
-                    "answer of the same relation begins with the same token (`first_token_shared`)."
+                    "answer of the same relation begins with the same token."
                 ]
             )
         )
