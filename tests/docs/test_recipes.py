@@ -66,6 +66,17 @@ def test_binding_and_two_hops_are_measured_against_their_controls(recipes: dict[
     assert shares["both at once"] < 0.4
 
 
+def test_the_end_carries_the_person_and_points_nowhere(recipes: dict[str, Any]) -> None:
+    binding, top = recipes["binding"], recipes["model"].n_layers - 1
+    for way in ("place", "name"):
+        assert binding[way, "resid_pre.0", "A"] == 1.0
+        assert binding[way, f"resid_pre.{top}", "its own"] > 0.8
+        pointed = [share for (w, _, who), share in binding.items() if (w, who) == (way, "B")]
+        assert max(pointed) < 0.3
+        for _, site, _ in binding:
+            assert sum(binding[way, site, who] for who in ("A", "B", "its own")) <= 1 + 1e-6
+
+
 def test_the_page_on_follow_ups_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 import layerscope
 from layerscope.cli.app import run
 from layerscope.demo import model_path
-from layerscope.errors import AlignmentError, ConfigError, PromptError, SiteError
+from layerscope.errors import AlignmentError, CapabilityError, ConfigError, PromptError, SiteError
 from layerscope.experiments.patching import (
     Fact,
     PatchConfig,
@@ -27,6 +27,7 @@ from layerscope.interventions.patching import PromptPair, recovery, tokenize_pai
 from layerscope.models import Replace
 from layerscope.reports.patching import write_patching
 from layerscope.reports.tracing import write_tracing
+from support.loaded import loaded
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,8 @@ def test_bad_requests_are_refused_before_anything_runs(model):
     refused(PromptError, "the same tokens", pairs=[equal])
     twice = pair("twice", "France", "Japan", "Paris", "Paris")
     refused(AlignmentError.__mro__[1], "begin with the same token", pairs=[twice])
+    with pytest.raises(CapabilityError, match="read the same residual in parallel; use resid_pre"):
+        plan(loaded("gpt_neox"), PAIRS, PatchConfig(sites=("resid_mid",)))
     # Without answers, the distance to the clean run can still be measured.
     outcome = patch(model, [nothing], PatchConfig(metrics=("kl",)))
     rows = outcome.tables["cells"].filter(pl.col("site") == "resid_pre.0").to_dicts()
