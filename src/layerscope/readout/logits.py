@@ -19,6 +19,7 @@ from layerscope.readout.workers import Workers
 # Products of few rows with a wide matrix miss the fast routines of MKL; narrow ones find them.
 _FEW_ROWS = 32
 _NARROW = 512
+_SHARES = 4  # slices for each worker where they are shared out finely
 
 
 def multiply(
@@ -40,23 +41,37 @@ def multiply(
     """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
+    size = budget.slice
+    if dots is not None:  # which is worth sharing out finely: one that starts late then does less
+        size = min(size, -(-len(weight) // (_SHARES * budget.workers)))
+    slices = [slice(first, first + size) for first in range(0, len(weight), size)]
+    left = iter(slices)
 
-    def work(tokens: slice, worker: int) -> None:
-        part = weight[tokens]
-        if converted is not None:
-            part = converted[worker][: len(part)].copy_(part)
-        given = out[:, tokens]
-        if dots is not None and part.stride(1) == 1:
-            dots.multiply(in_bits.numpy(), part.numpy(), given.numpy())
-            return
-        step = _NARROW if len(in_bits) <= _FEW_ROWS else len(part)
-        for first in range(0, len(part), step):
-            narrow = slice(first, first + step)
-            torch.mm(in_bits, part[narrow].T, out=given[:, narrow])
+    def work(_share: int, worker: int) -> None:
+        for tokens in left:  # whoever is free takes the next
+            part = weight[tokens]
+            if converted is not None:
+                part = converted[worker][: len(part)].copy_(part)
+            if dots is not None and part.stride(1) == 1:
+                dots.multiply(in_bits.numpy(), part.numpy(), out[:, tokens].numpy())
+            else:
+                _multiply(in_bits, part, out=out[:, tokens])
 
-    slices = [slice(first, first + budget.slice) for first in range(0, len(weight), budget.slice)]
+    at_once = min(budget.workers, len(slices))
     with product_scope(products):
-        workers.map(work, slices, at_once=budget.workers)
+        workers.map(work, range(at_once), at_once=at_once)
+
+
+def _multiply(
+    vectors: Float[Tensor, "slots d_model"],
+    weight: Float[Tensor, "slice d_model"],
+    *,
+    out: Float[Tensor, "slots slice"],
+) -> None:
+    step = _NARROW if len(vectors) <= _FEW_ROWS else len(weight)
+    for first in range(0, len(weight), step):
+        narrow = slice(first, first + step)
+        torch.mm(vectors, weight[narrow].T, out=out[:, narrow])
 
 
 def partners(tile: Tile) -> dict[str, slice]:
