@@ -32,7 +32,7 @@ from layerscope.lenses.fitting.states import collect
 
 SHARED = Path(os.environ.get("LAYERSCOPE_SHARED", ROOT.parent / "shared"))
 TEXT = SHARED / "data/tinystories_merged/tinystories_cased.jsonl"
-STEPS, BATCH, CONTEXT = 250, 8, 256
+STEPS, BATCH, CONTEXT = 250, 4, 256
 OPTIMIZERS = ("sgd", "adam")
 OURS = "layerscope"
 LEEWAY = 1.01

@@ -22,6 +22,8 @@ def main() -> None:
 
     import torch
 
+    import layerscope.models.backends.huggingface.opening
+    import layerscope.models.backends.transformer_lens.structure  # noqa: F401
     from layerscope.lenses.fitting import DataConfig, TunedOptions, fit_lens
     from layerscope.models import load
 

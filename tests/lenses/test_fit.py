@@ -411,6 +411,8 @@ def test_held_out_kl_uses_the_true_head(family: str, text: Path) -> None:
     assert kl_bits(model, NormLens(model), states)[-1] == pytest.approx(0.0, abs=1e-5)
     logits = model.run(corpus.held_out[:1].long()).logits
     assert logits is not None
+    few = collect(model, corpus.held_out[:4], replace(DATA, evaluation_positions=2))
+    assert few.head.shape[0] == 8
     first = collect(model, corpus.held_out[:1], replace(DATA, positions=28))
     rebuilt = model.unembedding.logits(first.head)
     torch.testing.assert_close(rebuilt, logits[0, 4:].detach(), rtol=1e-3, atol=1e-4)

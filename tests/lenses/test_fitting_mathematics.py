@@ -228,6 +228,11 @@ def test_translators_start_as_the_identity_with_one_factor_that_is_not_zero() ->
         TunedOptions(rank=WIDTH + 1).check(WIDTH)
 
 
+def test_the_rate_of_wide_matrices_is_lower_unless_one_is_given() -> None:
+    assert [TunedOptions().rate(width) for width in (16, 250, 2500)] == [0.04, 0.01, 0.001]
+    assert TunedOptions(learning_rate=0.5).rate(250) == 0.5
+
+
 def test_the_jacobian_lens_multiplies_from_the_right_side() -> None:
     jacobians = normal(2, WIDTH, WIDTH)
     lens = JacobianLens(Plain(), {"jacobian": jacobians})

@@ -28,9 +28,11 @@ class DataConfig:
         tokens: tokens to fit on.
         evaluation_tokens: tokens to validate on, and as many held out for the reported figures.
         context: tokens of a packed sequence; None for 256 or the model's context if that is less.
-        positions: positions sampled of every sequence.
+        positions: positions sampled of every sequence to fit on.
         skip: first positions of a sequence that are never sampled: their residuals are not typical
             (attention sinks).
+        evaluation_positions: positions sampled of every sequence to validate and to report on, at
+            most as many as to fit on; all their states are held at once.
         batch: sequences that run at once.
         seed: of the order of sequences and the sampling of positions.
     """
@@ -38,13 +40,14 @@ class DataConfig:
     tokens: int = 262_144
     evaluation_tokens: int = 32_768
     context: int | None = None
-    positions: int = 32
+    positions: int = 128
+    evaluation_positions: int = 32
     skip: int = 4
-    batch: int = 16
+    batch: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "evaluation_tokens", "positions", "batch"):
+        for name in ("tokens", "evaluation_tokens", "positions", "evaluation_positions", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.skip < 0:

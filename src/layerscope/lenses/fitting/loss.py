@@ -57,13 +57,13 @@ class _FusedKL(torch.autograd.Function):
             entropy = -(p * log_p).sum(-1)
             for layer in range(n_layers):
                 z = unembedding.transform(product(hidden[layer, rows], unembedding))
-                log_z = z.logsumexp(-1)
-                # KL = sum p log p - sum p z + log Z
-                kl = log_z - entropy - (p * z).sum(-1)
-                total[layer] += kl.double().sum()
+                slope = _slope(z, unembedding) if gradient is not None else None
+                # KL = sum p log p - sum p z + log Z, with the largest z moved to 0
+                expected = torch.linalg.vecdot(p, z.sub_(z.amax(-1, keepdim=True)))
+                mass = z.exp_().sum(-1)
+                total[layer] += (mass.log() - entropy - expected).double().sum()
                 if gradient is not None:
-                    slope = _slope(z, unembedding)
-                    z.sub_(log_z[:, None]).exp_().sub_(p)
+                    z.div_(mass[:, None]).sub_(p)
                     if slope is not None:
                         z.mul_(slope)
                     gradient[layer, rows] = _back(z, unembedding)

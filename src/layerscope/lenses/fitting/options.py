@@ -20,8 +20,11 @@ class TunedOptions:
         baseline: train a bias-only lens on the same batches.
         epochs: times through the text, with new positions each time.
         steps: number of steps, whatever the epochs say; None for epochs.
-        learning_rate, weight_decay, warmup, clip: of AdamW; warm-up is a fraction of the steps, the
-            decay pulls towards the identity, and gradients are clipped per row index.
+        learning_rate: of AdamW; None for 2.5 / d_model, at most 0.04 (each entry of a matrix moves
+            by about this much a step, so what it does to a vector grows with the width: Yang et
+            al., 2022, table 3).
+        weight_decay, warmup, clip: of AdamW; warm-up is a fraction of the steps, the decay pulls
+            towards the identity, and gradients are clipped per row index.
         evaluate_every: steps between looks at the validation text; None for a twentieth of all.
         patience: looks without a gain of 0.1% at any row index after which the fit ends.
     """
@@ -32,7 +35,7 @@ class TunedOptions:
     baseline: bool = True
     epochs: int = 1
     steps: int | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     weight_decay: float = 1e-3
     warmup: float = 0.1
     clip: float = 1.0
@@ -46,8 +49,13 @@ class TunedOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; give at least 1")
-        if not self.learning_rate > 0 or not 0 <= self.warmup < 1 or not self.clip > 0:
+        rate = self.learning_rate
+        if (rate is not None and not rate > 0) or not 0 <= self.warmup < 1 or not self.clip > 0:
             raise ConfigError("learning_rate and clip must be positive, warmup in 0 to 1")
+
+    def rate(self, d_model: int) -> float:
+        """Return the highest learning rate."""
+        return min(0.04, 2.5 / d_model) if self.learning_rate is None else self.learning_rate
 
     def check(self, d_model: int) -> None:
         """Raise ConfigError where the rank is beyond the model's width."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -45,10 +45,11 @@ def states_at(
 
 
 def collect(model: LanguageModel, ids: Int[Tensor, "sequence pos"], config: DataConfig) -> States:
-    """Return the sampled states of all sequences.
+    """Return the states of all sequences to evaluate on, at their sampled positions.
 
-    Memory: (n_layers + 2) x sequences x positions x d_model values.
+    Memory: (n_layers + 2) x sequences x `evaluation_positions` x d_model values.
     """
+    config = replace(config, positions=min(config.positions, config.evaluation_positions))
     parts = [states_at(model, part, positions) for part, positions in batches(ids, config)]
     return States(
         torch.cat([part.residual for part in parts], dim=1),

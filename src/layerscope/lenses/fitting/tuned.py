@@ -49,6 +49,7 @@ class TunedSteps:
         options.check(model.d_model)
         self._model, self._corpus, self._data = model, corpus, data
         self._options = options
+        self._rate = options.rate(model.d_model)
         self._norm: NormChoice = norm
         self._validation: States | None = None
         self._per_epoch = n_batches(corpus.train, data)
@@ -214,7 +215,7 @@ class TunedSteps:
     @torch.no_grad()
     def _update(self, index: int) -> None:
         options = self._options
-        rate = options.learning_rate * schedule(index, self.n_steps, options.warmup)
+        rate = self._rate * schedule(index, self.n_steps, options.warmup)
         for lens, parameters in self.parameters.items():
             # In one order, whether or not a checkpoint was read: sums round by their order.
             found = {name: parameters[name].grad for name in sorted(parameters)}
