@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from scipy import stats
 
 from layerscope.features.association import (
     Activations,
@@ -19,6 +20,7 @@ from layerscope.features.association import (
     excess_ranks,
     hypergeometric,
     null_moments,
+    pearson_tail,
 )
 from layerscope.features.text_quality import TextQuality, text_quality
 
@@ -120,9 +122,10 @@ def test_moments_are_those_of_all_shuffles() -> None:
         for a in permutations((0, 0, 1, 2))
         for b in permutations((0, 1, 1))
     ]
-    mean, sd = null_moments(found, excess, tokens, np.zeros(3, dtype=int), np.arange(3))
+    mean, sd, skew = null_moments(found, excess, tokens, np.zeros(3, dtype=int), np.arange(3))
     assert mean == pytest.approx(np.mean(sums, axis=0))
     assert sd == pytest.approx(np.std(sums, axis=0))
+    assert skew == pytest.approx(stats.skew(sums, axis=0), abs=1e-9)
 
 
 def test_shuffles_have_those_moments() -> None:
@@ -133,7 +136,7 @@ def test_shuffles_have_those_moments() -> None:
     values = 1.0 + np.arange(len(place)) % 5
     found = Activations(tokens, clusters, np.zeros(len(place), dtype=int), place, values, 1)
     excess = excess_ranks(found, 120)
-    mean, sd = null_moments(found, excess, tokens, np.zeros(2, dtype=int), np.arange(2))
+    mean, sd, _ = null_moments(found, excess, tokens, np.zeros(2, dtype=int), np.arange(2))
     drawn = Shuffles(found, tokens, excess, np.arange(2), 2, seed=0)
     sums = np.array(list(drawn.draw(600, np.arange(2))))
     assert np.abs(sums.mean(0) - mean).max() < 4 * sd.max() / math.sqrt(600)
@@ -144,6 +147,41 @@ def test_p_values_are_calibrated_under_the_null() -> None:
     p = [associate(corpus(planted=False, seed=seed), OPTIONS)["p"].to_numpy() for seed in range(8)]
     share = float((np.concatenate(p) <= 0.1).mean())
     assert 0.05 < share < 0.16
+
+
+def test_the_fitted_tail_is_that_of_many_shuffles() -> None:
+    found = corpus(planted=False, seed=3)
+    label = np.unique(found.tokens, return_inverse=True)[1]
+    excess = excess_ranks(found, len(label))
+    pairs = np.arange(N_FEATURES * N_TYPES)
+    feature, kind = pairs // N_TYPES, pairs % N_TYPES
+    mean, sd, skew = null_moments(found, excess, label, feature, kind)
+    drawn = Shuffles(found, label, excess, pairs, N_TYPES, seed=0)
+    z = (np.array(list(drawn.draw(3000, pairs))) - mean) / sd
+    for size in (1.5, 2.5, 3.0):
+        share = (np.abs(z) >= size).mean()
+        assert pearson_tail(np.full(len(pairs), size), skew).mean() == pytest.approx(share, rel=0.1)
+
+
+def test_rare_tokens_among_very_many_tests_are_found_all_the_same() -> None:
+    """No number of shuffles would do alone: 1 / 10,001 times the tests is far above one."""
+    random = np.random.default_rng(4)
+    n_prompts, length, n_types, n_features = 400, 50, 300, 400
+    tokens = random.integers(n_types, size=n_prompts * length)
+    place = random.integers(len(tokens), size=20 * n_features)
+    feature = np.repeat(np.arange(n_features), 20)
+    own = [np.flatnonzero(tokens == f)[:12] for f in range(5)]
+    place = np.concatenate([place, *own])
+    feature = np.concatenate([feature, *(np.full(len(at), f) for f, at in enumerate(own))])
+    feature, place = np.unique(np.stack([feature, place]), axis=1)
+    clusters = np.repeat(np.arange(n_prompts), length)
+    value = random.exponential(1.0, len(place)) + 0.1
+    found = Activations(tokens, clusters, feature, place, value, n_features)
+    table = associate(found, AssociationOptions(min_joint=2))
+    good = table.filter(pl.col("q") < 0.05)
+    assert set(good.select("feature", "token_id").iter_rows()) == {(f, f) for f in range(5)}
+    assert (good["permutations"] >= 999).all()
+    assert table["permutations"].min() == 0
 
 
 def test_pairs_not_reported_count_for_the_false_discovery_rate() -> None:

@@ -2,12 +2,16 @@
 
 Tokens of one prompt are no independent draws, so labels are shuffled within prompts only. Every
 (feature, token) pair that could have been reported counts for the false discovery rate, reported or
-not. Log-odds with a Dirichlet prior follow Monroe, Colaresi and Quinn (2008, "Fightin' Words").
+not: of millions, no number of shuffles that can be drawn would tell one. So p is the tail of a
+gamma distribution with the exact first three moments under shuffles (Pearson's type III; Mielke and
+Berry, 2007), and what it finds promising is shuffled in truth. Log-odds with a Dirichlet prior
+follow Monroe, Colaresi and Quinn (2008, "Fightin' Words").
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +20,13 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import pearson3
 
 from layerscope.errors import ConfigError
 from layerscope.features.shuffles import Shuffles
 
 _STOP = 10  # permutations that reach the observed value, after which a pair is decided
+_ENOUGH = 999  # permutations of which none reaches it, for the fitted tail to be believed
 _CELLS = 1 << 24  # of the clusters x tokens table at a time
 
 SCHEMA: dict[str, Any] = {
@@ -100,9 +106,10 @@ def associate(
 
     ``mean`` is of all occurrences of the token, ``lift`` is P(active | token) / P(active), ``pmi``
     its base-2 logarithm. ``z`` compares the rank sum of the token's activations with its exact mean
-    and variance under shuffles within prompts; ``p`` is that of the shuffles themselves, two-sided;
-    ``q`` is over all features times all tokens of `min_count`. The hypergeometric test ignores
-    prompts and stands beside it for comparison.
+    and variance under shuffles within prompts. ``p``, two-sided, comes from its exact skewness too;
+    pairs whose q could be below 1 are shuffled ``permutations`` times, which may raise p, and lower
+    it where none of them reached the observed sum. ``q`` is over all features times all tokens of
+    `min_count`. The hypergeometric test ignores prompts and stands beside it for comparison.
 
     Args:
         found: activations and tokens. options: thresholds. progress: of the permutations.
@@ -126,9 +133,11 @@ def associate(
     observed = np.bincount(entry_pair, excess)[kept]
     pairs, joint, sums, shrunk = pairs[kept], joint[kept], sums[kept], shrunk[kept]
     feature, kind = pairs // len(types), pairs % len(types)
-    mean, sd = null_moments(found, excess, label, feature, kind)
+    mean, sd, skew = null_moments(found, excess, label, feature, kind)
+    z = np.divide(observed - mean, sd, out=np.zeros_like(sd), where=sd > 0)
     shuffles = Shuffles(found, label, excess, pairs, len(types), options.seed)
-    p, tried = _permuted(shuffles, observed, mean, sd, tested, options, progress)
+    fitted = np.where(sd > 0, pearson_tail(z, skew), 1.0)
+    p, tried = _permuted(shuffles, observed, mean, fitted, tested, options, progress)
     active = np.bincount(found.feature, minlength=found.n_features)[feature]
     n_token = counts[kind]
     share = joint / n_token
@@ -146,7 +155,7 @@ def associate(
             "lift": lift,
             "pmi": np.log2(lift),
             "logodds_z": _log_odds(joint, n_token, active, n, options.prior),
-            "z": np.divide(observed - mean, sd, out=np.zeros_like(sd), where=sd > 0),
+            "z": z,
             "p": p,
             "permutations": tried,
             "q": bh_of(p, tested),
@@ -251,35 +260,50 @@ def null_moments(
     label: np.ndarray,
     feature: np.ndarray,
     kind: np.ndarray,
-) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """Return mean and standard deviation of every pair's sum under shuffles within clusters.
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return mean, standard deviation and skewness of every pair's sum under shuffles in clusters.
 
-    Labels of a cluster are drawn without replacement, so both are exact.
+    Labels of a cluster are drawn without replacement, so all are exact.
     """
     n_clusters = int(found.clusters[-1]) + 1
     size = np.bincount(found.clusters, minlength=n_clusters).astype(np.float64)
     cell = found.feature * n_clusters + found.clusters[found.place]
     shape = (found.n_features, n_clusters)
-    cells = found.n_features * n_clusters
     held = np.maximum(size, 1)
-    mean = np.bincount(cell, excess, minlength=cells).reshape(shape) / held
-    variance = np.bincount(cell, excess**2, minlength=cells).reshape(shape) / held - mean**2
+    mean, second, third = (
+        (np.bincount(cell, weights, minlength=math.prod(shape)).reshape(shape) / held).ravel()
+        for weights in (excess, excess * excess, excess * excess * excess)
+    )
+    variance = second - mean**2
+    third -= mean * (3 * second - 2 * mean**2)
     # Every kind's clusters, and how often it stands in each.
     clusters = found.clusters.astype(np.int64)
     places, times = np.unique(label * np.int64(n_clusters) + clusters, return_counts=True)
     bounds = np.searchsorted(places, np.arange(int(label.max()) + 2) * np.int64(n_clusters))
     where, times = places % n_clusters, times.astype(np.float64)
-    free = times * (size[where] - times) / np.maximum(size[where] - 1, 1)
-    means, variances = np.zeros(len(kind)), np.zeros(len(kind))
+    all_of = size[where]
+    free = times * (all_of - times) / np.maximum(all_of - 1, 1)
+    lean = free * (all_of - 2 * times) / np.maximum(all_of - 2, 1)
+    means, variances, thirds = np.zeros((3, len(kind)))
     many = np.diff(bounds)[kind]
     for rows in _within(many, _CELLS):
         each = many[rows]
         starts = np.cumsum(each) - each
         entry = np.arange(int(each.sum())) + np.repeat(bounds[kind[rows]] - starts, each)
-        at = (np.repeat(feature[rows], each), where[entry])
+        at = np.repeat(feature[rows] * n_clusters, each) + where[entry]
         means[rows] = np.add.reduceat(mean[at] * times[entry], starts)
         variances[rows] = np.add.reduceat(variance[at] * free[entry], starts)
-    return means, np.sqrt(np.maximum(variances, 0.0))
+        thirds[rows] = np.add.reduceat(third[at] * lean[entry], starts)
+    sd = np.sqrt(np.maximum(variances, 0.0))
+    return means, sd, np.divide(thirds, sd**3, out=np.zeros_like(sd), where=sd > 0)
+
+
+def pearson_tail(
+    z: Float[np.ndarray, " row"], skew: Float[np.ndarray, " row"]
+) -> Float[np.ndarray, " row"]:
+    """Return P(|Z| >= |z|) of a gamma distribution of mean 0, variance 1 and this skewness."""
+    size = np.abs(z) * (1 - 1e-12)
+    return np.minimum(pearson3.sf(size, skew) + pearson3.cdf(-size, skew), 1.0)
 
 
 def _within(sizes: Int[np.ndarray, " row"], most: int) -> Iterator[slice]:
@@ -297,34 +321,46 @@ def _permuted(
     shuffles: Shuffles,
     observed: np.ndarray,
     mean: np.ndarray,
-    sd: np.ndarray,
+    fitted: np.ndarray,
     tested: int,
     options: AssociationOptions,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Float[np.ndarray, " row"], Int[np.ndarray, " row"]]:
-    """Return p and how many shuffles it rests on.
+    """Return p and how many shuffles it rests on: none where the fitted p promises nothing.
 
-    A pair is decided once `_STOP` shuffles reached it (Besag and Clifford, 1991); all are once
-    those that no shuffle reaches are clearly within the false discovery rate.
+    A pair is decided once `_STOP` shuffles reached it (Besag and Clifford, 1991), once its q is
+    clearly within the false discovery rate, or once it cannot come within it any more.
     """
     reached = np.zeros(len(observed), dtype=np.int64)
     tried = np.zeros(len(observed), dtype=np.int64)
     distance = np.abs(observed - mean)
     slack = 1e-9 * np.maximum(np.abs(observed), 1.0)
-    running = np.flatnonzero(sd > 0)
-    done = 0
+    promising = bh_of(fitted, tested) < 1.0
+    running = np.flatnonzero(promising)
+    most, done = int(promising.sum()), 0
+    p = fitted.copy()
     for block in _blocks(options.permutations):
+        if not len(running):
+            break
         for sums in shuffles.draw(block, running):
             reached[running] += np.abs(sums - mean[running]) >= (distance - slack)[running]
         tried[running] += block
         done += block
         if progress is not None:
             progress(done, options.permutations)
-        p = (1 + reached) / (1 + tried)
-        running = np.flatnonzero((sd > 0) & (reached < _STOP))
-        if not len(running) or float(bh_of(p, tested)[running].max()) <= options.fdr / 2:
-            break
-    return (1 + reached) / (1 + tried), tried
+        drawn = (1 + reached) / (1 + tried)
+        believed = (reached == 0) & ((tried >= _ENOUGH) | (tried >= options.permutations))
+        never = np.where(believed, np.minimum(drawn, fitted), drawn)
+        p = np.where(reached == 0, never, np.maximum(drawn, fitted))
+        p = np.where(promising, p, fitted)
+        least = 1 / (1 + options.permutations)
+        best = np.where(reached == 0, np.minimum(fitted, least), (1 + reached) * least)
+        settled = bh_of(p, tested) <= options.fdr / 2
+        settled |= believed & (fitted <= least)  # no shuffle can make p smaller
+        settled |= best * tested > options.fdr * most
+        going = promising & (reached < _STOP) & ~settled
+        running = np.flatnonzero(going)
+    return p, tried
 
 
 def _blocks(total: int) -> Iterator[int]:

@@ -44,7 +44,8 @@ class Matrix:
         self.device = torch.device(device)
         self.bytes_read = 0
         self._view = view
-        self._scale = None if scale is None or bool((scale == 1).all()) else scale
+        # Where the file is: rows are chosen and measured there too.
+        self._scale = None if scale is None or bool((scale == 1).all()) else scale.cpu()
         self._held: Tensor | None = None
 
     @classmethod
@@ -110,6 +111,7 @@ class Matrix:
 
     def scaled(self, scale: Float[Tensor, " n"]) -> Matrix:
         """Return this matrix with every row multiplied by its number; reads nothing."""
+        scale = scale.cpu()
         combined = scale if self._scale is None else self._scale.double() * scale.double()
         return Matrix(
             self.name,

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
+from layerscope.errors import ConfigError
+
 if TYPE_CHECKING:
     from layerscope.features.association import Activations
 
@@ -49,15 +51,14 @@ class Shuffles:
         tokens = np.zeros(found.clusters[-1] + 1, dtype=bool)
         tokens[found.clusters[found.place[used]]] = True
         kept = tokens[found.clusters]
-        labels, clusters = labels[kept], found.clusters[kept].astype(np.float64)
+        deal = _Deal(labels[kept], found.clusters[kept])
         place = (np.cumsum(kept) - 1)[found.place[used]]
         own, excess = feature_of[found.feature[used]], self._excess[used]
         sum_of = _Lookup(feature, kind, (len(features), len(kinds)))
         for _ in range(count):
             # Numbers for all tokens, so that they do not depend on which pairs are left.
-            drawn = self._generator.random(len(kept))[kept]
-            order = np.argsort(clusters + drawn)
-            at = sum_of(own, labels[order][place])
+            drawn = self._generator.integers(0, 1 << 32, len(kept), dtype=np.uint32)[kept]
+            at = sum_of(own, deal(drawn)[place])
             yield np.bincount(at, excess, minlength=len(rows) + 1)[:-1]
 
     def _reachable(
@@ -84,8 +85,35 @@ class Shuffles:
         places = np.unique(labels[here] * np.int64(n_clusters) + found.clusters[here])
         where = (places // n_clusters, places % n_clusters)
         present = csr_array((np.ones(len(places), dtype=bool), where), shape=(shape[1], n_clusters))
-        reached: Any = (pairs @ present).toarray()
+        product: Any = pairs @ present
+        reached = product.toarray()
         return wanted[reached[entry[wanted], found.clusters[found.place[wanted]]]]
+
+
+class _Deal:
+    """Deals the labels of every cluster out anew, as random numbers say.
+
+    Cluster, number and label share one integer, so that a plain sort does it: several times as fast
+    as finding the order first. Of the number as many bits count as are left.
+    """
+
+    def __init__(self, labels: Int[np.ndarray, " token"], clusters: np.ndarray) -> None:
+        self._low = max(int(labels.max(initial=0)).bit_length(), 1)
+        self._high = max(int(clusters.max(initial=0)).bit_length(), 1)
+        self._bits = min(32, 64 - self._low - self._high)
+        if self._bits < 16:
+            raise ConfigError(
+                f"{1 << self._high:,} texts of {1 << self._low:,} kinds of tokens are too many to "
+                "shuffle at once: give fewer texts"
+            )
+        self._fixed = clusters.astype(np.uint64) << np.uint64(64 - self._high)
+        self._fixed |= labels.astype(np.uint64)
+
+    def __call__(self, drawn: Int[np.ndarray, " token"]) -> Int[np.ndarray, " token"]:
+        numbers = drawn.astype(np.uint64) >> np.uint64(32 - self._bits)
+        keys = self._fixed | (numbers << np.uint64(self._low))
+        keys.sort()
+        return (keys & np.uint64((1 << self._low) - 1)).astype(np.int64)
 
 
 class _Lookup:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from layerscope.experiments.pathways.audit import Audit, Universe, audit
 from layerscope.experiments.pathways.config import CONDITIONS, PathwaysConfig
-from support.pathways_data import checkpoint, log, responses, result
+from support.pathways_data import WORDS, checkpoint, log, responses, result
 
 SPACE = "toy:resid_post"
 UNIVERSE = Universe(SPACE, {1: 64, 2: 64}, 16, "models/toy")
@@ -257,11 +258,39 @@ def test_greedy_copies_are_no_sample(tmp_path: Path) -> None:
     good(tmp_path)
     records = responses(FEATURES)
     for record in records:
-        record["response"] = record["condition"]
+        record["response"] = f"{record['condition']} {record['feature']}"
     log(tmp_path, records)
-    warning = codes(look(tmp_path), "warning")["copied_responses"]
-    assert warning["count"] == 12
-    assert warning["examples"][0]["worst"][0]["unique_share"] == 0.05
+    warnings = codes(look(tmp_path), "warning")
+    assert warnings["copied_responses"]["count"] == 12
+    assert warnings["copied_responses"]["examples"][0]["worst"][0]["unique_share"] == 0.05
+    assert warnings["unvaried_responses"]["count"] == 2
+    # A few long texts are copies too, however often each of them occurs elsewhere.
+    for record in records:
+        record["response"] = f"I think for a while about what to do next, and then I {WORDS[0]}"
+        record["response"] += " again" * (record["trial"] % 3)
+    log(tmp_path, records)
+    assert set(codes(look(tmp_path), "warning")) == {"unvaried_responses"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_short_answers_repeat_by_chance(tmp_path: Path, seed: int) -> None:
+    """Three possible texts, some near certain under an edit: samples all the same."""
+    good(tmp_path)
+    random = Random(seed)
+    records = responses(FEATURES, trials=50)
+    for record in records:
+        odds = [90, 8, 2] if record["condition"].startswith("safe") else [40, 50, 10]
+        if record["condition"] == "risky_with_safe_patch":
+            odds = [100, 0, 0]
+        record["response"] = random.choices(["2) stop", "1) bet $10", "1) bet $20"], odds)[0]
+    log(tmp_path, records)
+    assert not codes(look(tmp_path), "warning")
+    copied = [r for r in records if r["feature"] == "L1-20" and r["condition"] == "safe_baseline"]
+    for record in copied:  # one cell among good ones
+        record["response"] = "I stop here."
+    log(tmp_path, records)
+    found = codes(look(tmp_path), "warning")
+    assert set(found) == {"copied_responses"} and found["copied_responses"]["count"] == 1
 
 
 def test_repeated_trials_are_counted_once(tmp_path: Path) -> None:

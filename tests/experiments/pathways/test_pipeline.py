@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from benchmarks.kill_pathways import run_killed
 from polars.testing import assert_frame_equal
 
 import layerscope
@@ -42,6 +44,14 @@ pytestmark = pytest.mark.skipif(
 PROMPTS = (
     "Balance: $40. Bet: $5-$100. Last spins: win, loss, loss. Options: 1) bet 2) stop. Decision:",
     "Balance: $90. Bet: fixed $10. Last spins: win, win, loss. Options: 1) bet 2) stop. Decision:",
+)
+CHANGED = (
+    "top_n_per_layer",
+    "top_k_pathways",
+    "permutations",
+    "drivers",
+    "nulls",
+    "batch_size",
 )
 # What a run writes that is the same however it came about; records of time are left out.
 TIMED = {"run.json", "results/prototype/single_feature_test.json"}
@@ -125,6 +135,9 @@ def test_from_raw_data_to_the_graph(work: Any) -> None:
     assert [prompt["bos"] for prompt in found.prompts["prompts"]] == [1, 1]
     assert found.tokens is not None
     assert {"q", "lift", "logodds_z", "corpus"} <= set(found.tokens.columns)
+    assert found.words is not None and "token_id" not in found.words.columns
+    assert {"stop", "keep", "safe_baseline"} & set(found.words["word"])
+    assert found.words["q"].null_count() == 0
     stages = found.run["stages"]
     assert all(stages[name]["seconds"] > 0 for name in NAMES)
     assert all(stages[name]["peak_memory_bytes"] > 0 for name in NAMES)
@@ -213,6 +226,26 @@ def test_killed_and_resumed_gives_the_same_bytes(work: Any, counted: dict[str, A
     # Every chunk was done once, and those that died were begun once more.
     assert {stage: counted[stage] - 1 for stage in stages} == whole
     assert contents(work("killed").out) == contents(work("whole").out)
+
+
+def test_a_killed_process_is_gone_on_with(work: Any) -> None:
+    """SIGKILL between a chunk's rows and the note that makes them count; see kill_pathways."""
+    stages = NAMES[: NAMES.index("tokens")]
+    run_all(work("whole", device="cpu"), stages=stages)
+    run = work("killed", device="cpu")
+    changed = [f"--set={name}={run.config.part((name,))[name]}" for name in CHANGED]
+    named = ("data", "model", "dictionaries")
+    paths = [f"--{name}={getattr(run.config, name)}" for name in named]
+    ended = run_killed(
+        ["pathways", "run", *paths, *changed, f"--out={run.out}", "--device=cpu"],
+        moment=2,
+        at=".chunks/replay",
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = [path for path in run.out.rglob("*") if path.parent.name == "replay"]
+    assert [path.suffix for path in left if path.suffix != ".layerscope-tmp"] == [".parquet"]
+    run_all(run, stages=stages)
+    assert contents(run.out) == contents(work("whole").out)
 
 
 def test_the_result_does_not_depend_on_the_batch(work: Any) -> None:

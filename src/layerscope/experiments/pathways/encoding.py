@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layerscope.experiments.pathways.corpus import Text
+from layerscope.experiments.pathways.words import words_of_tokens
 from layerscope.experiments.pathways.workspace import SampledPrompt, Workspace
 from layerscope.models import Capture, TokenBatch
 
@@ -18,6 +19,7 @@ _SCHEMA: dict[str, Any] = {
     "text": pl.Int64(),
     "position": pl.Int64(),
     "token_id": pl.Int64(),
+    "word": pl.Int64(),
     "features": pl.List(pl.Int64()),
     "values": pl.List(pl.Float64()),
 }
@@ -69,8 +71,11 @@ class Encoder:
             for place, index in enumerate(part):
                 ids, skip = sequences[index]
                 nats[index] = _surprise(logits[place], ids, skip)
+                said = words_of_tokens(texts[index].text, ids[skip:], self._work.model.tokenizer)
+                words = said or [None] * (len(ids) - skip)
                 rows += [
-                    (first + index, at, ids[at], *found[place][at]) for at in range(skip, len(ids))
+                    (first + index, at, ids[at], words[at - skip], *found[place][at])
+                    for at in range(skip, len(ids))
                 ]
         rows.sort(key=lambda row: row[:2])
         return pl.DataFrame(rows, schema=_SCHEMA, orient="row"), nats

@@ -16,7 +16,7 @@ from layerscope.experiments.units import work_key
 from layerscope.files import atomic_path, canonical_json, sha256_text, write_json, write_text
 
 MANIFEST = "manifest"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

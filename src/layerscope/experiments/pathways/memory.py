@@ -10,20 +10,27 @@ from typing import Any
 import torch
 
 from layerscope.experiments import provenance
-from layerscope.experiments.pathways.targets import GROUP
+from layerscope.experiments.pathways.targets import group_size
 from layerscope.experiments.pathways.workspace import Workspace
 from layerscope.features.staging import plan_stages
+from layerscope.models.devices import parse_device, place
+from layerscope.models.memory import Sizes
 
-_BLOCK_TENSORS = 12  # of d_model width per token that a block's backward pass keeps
-_FIRST_USE = 150e6  # what torch and transformers take when first used, beyond being imported
+_FIRST_USE = 150e6  # what torch, transformers and polars take when first used
+_ACTIVE = 64  # features of a token, where the dictionary's file does not say
+_SWEPT = 2**28  # bytes of one backward pass of a sweep
+_TRACED = 2**30  # bytes of one backward pass that traces input tokens
+_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 _REPLAYED = 8192  # tokens of one pass of a replay
 _ENCODED = 4096  # tokens of one batch of the tokens stage, with logits
+_TEXTS = 64  # read at once in the tokens stage, few of them longer than a prompt
 
 
 def begin_stage(device: str | None) -> None:
     """Begin a stage's own peak: earlier stages no longer count, where the system can tell."""
-    if _on_cuda(device):
-        torch.cuda.reset_peak_memory_stats()
+    cuda = _cuda(device)
+    if cuda is not None:
+        torch.cuda.reset_peak_memory_stats(cuda)
     with suppress(OSError):  # only Linux has it, and not every container lets it be written
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -33,8 +40,9 @@ def peak_bytes(device: str | None) -> int | None:
 
     On CUDA that of the device; else the resident set of this process.
     """
-    if _on_cuda(device):
-        return int(torch.cuda.max_memory_allocated())
+    cuda = _cuda(device)
+    if cuda is not None:
+        return int(torch.cuda.max_memory_allocated(cuda))
     if sys.platform == "linux":
         with suppress(OSError, ValueError, IndexError):
             for line in Path("/proc/self/status").read_text().splitlines():
@@ -44,45 +52,52 @@ def peak_bytes(device: str | None) -> int | None:
 
 
 def plan(work: Workspace) -> dict[str, Any]:
-    """Return what a run needs, from configuration files and headers alone; nothing is computed."""
-    from transformers import AutoConfig
+    """Return what a run needs, from configuration files and headers alone; nothing is computed.
+
+    Bytes are those of the device: on CUDA what torch allocates there, else the resident set of
+    this process, in which mapped pages of the dictionaries' files count.
+    """
+    from layerscope.models.backends.huggingface.lookup import find_sizes
 
     config = work.config
-    shape: Any = AutoConfig.from_pretrained(config.model, trust_remote_code=False)
-    d_model, n_layers = int(shape.hidden_size), int(shape.num_hidden_layers)
-    staging = plan_stages(work.dictionaries)
-    width = 2 if config.dtype in ("bfloat16", "float16") else 4
-    block = 4 * d_model**2 + 3 * d_model * int(getattr(shape, "intermediate_size", 4 * d_model))
-    parameters = n_layers * block + 2 * int(shape.vocab_size) * d_model
+    sizes = find_sizes(config.model)
+    placed = place(config.device, config.dtype)
+    cuda = placed.device.type == "cuda"
+    used = list(work.dictionaries)
+    staging = plan_stages(work.dictionaries, decoder=False)
     tokens = _longest(work)
-    per_target = tokens * d_model * 4
-    group = config.batch_size or GROUP
-    n_layers_used = len(work.dictionaries.layers)
-    targets = config.top_n_per_layer * n_layers_used
+    n_layers = int(sizes.n_layers or 1)
+    targets = config.top_n_per_layer * len(used)
     prompts = _n_prompts(work)
-    flops = prompts * tokens * (2 * n_layers * block) * (1 + targets / 2)
-    inner = int(getattr(shape, "intermediate_size", 4 * d_model))
-    heads = int(getattr(shape, "num_attention_heads", 1))
-    cached = d_model * int(getattr(shape, "num_key_value_heads", None) or heads) // heads
-    phases = {
-        "discover": per_target * (2 * group + n_layers + 1 + _BLOCK_TENSORS * min(group, 32)),
-        "replay": _REPLAYED * (4 * d_model + 3 * inner + 2 * n_layers * cached) * 4,
-        "tokens": _ENCODED * (2 * int(shape.vocab_size) + n_layers_used * d_model) * 4,
+    model_bytes = sizes.parameters * placed.dtype.itemsize
+    phases = _phases(work, sizes, placed.dtype.itemsize, tokens, targets)
+    held = {
+        "model": 0 if work.has_model else model_bytes,
+        "state": _state(work, tokens, n_layers, placed.dtype.itemsize),
+        "before": torch.cuda.memory_allocated(placed.device) if cuda else _resident(),
+        "mapped": 0 if cuda else sum(_stored(each.facts.get("path")) for each in used) / 2,
     }
-    model_bytes = parameters * width
-    peak = _base() + model_bytes + staging.peak_bytes + max(phases.values())
+    # Dictionaries are staged before the first sweep of a prompt, not during it; but a process on
+    # the CPU keeps what it freed.
+    most = max(phases.values())
+    most = max(staging.peak_bytes, most) if cuda else staging.peak_bytes + most
+    peak = sum(held.values()) + most
+    block = (sizes.parameters - (sizes.embedding or 0) - (sizes.unembedding or 0)) / n_layers
+    flops = prompts * tokens * (2 * n_layers * block) * (1 + targets / 2)
     return {
         "staging": staging.line(),
         "dictionary_bytes_read": staging.total_bytes * prompts * 2,
         "dictionary_bytes_held": staging.peak_bytes,
         "model_bytes": model_bytes,
-        "phase_bytes": phases,
+        "held_bytes": {name: int(value) for name, value in held.items()},
+        "phase_bytes": {name: int(value) for name, value in phases.items()},
         "peak_bytes": int(peak),
         "memory_limit_bytes": int(config.memory_limit_gb * 1e9),
         "fits": peak < config.memory_limit_gb * 1e9,
         "prompts": prompts,
         "tokens_per_prompt": tokens,
         "targets": targets,
+        "targets_per_chunk": min(targets, group_size(work, tokens)),
         "edges_at_most": targets * prompts * config.top_k_pathways,
         "flops": flops,
         "seconds_by_rate": {
@@ -91,8 +106,50 @@ def plan(work: Workspace) -> dict[str, Any]:
     }
 
 
-def _base() -> float:
-    """Return what this process holds with everything imported, and no weight loaded."""
+def _phases(
+    work: Workspace, sizes: Sizes, item: int, tokens: int, targets: int
+) -> dict[str, float]:
+    """Return what every stage holds beside the model and the prompt's state."""
+    d_model, d_mlp = int(sizes.d_model or 0), int(sizes.d_mlp or 0)
+    group = min(targets, group_size(work, tokens))
+    # At the worst moment of a block: stream and norm in float32, queries, keys and values, and the
+    # three tensors of a gated MLP.
+    block = 2 * 4 * d_model + item * (8 * d_model + 3 * d_mlp)
+    texts = min(_ENCODED, _TEXTS * tokens)
+    traced = min(32 * tokens * int(sizes.n_layers or 1) * _KEPT * d_model * item, _TRACED)
+    logits = int(sizes.d_vocab or 0) * item
+    return {
+        "discover": 2 * 4 * group * tokens * d_model
+        + min(_SWEPT, 4 * group * tokens * 12 * d_model) * item / 4,
+        "replay": min(_REPLAYED, 16 * targets * tokens) * (block + 2 * d_model * item),
+        "tokens": max(texts * (logits + len(work.dictionaries) * d_model * item + block), traced),
+    }
+
+
+def _state(work: Workspace, tokens: int, n_layers: int, item: int) -> float:
+    """Return the bytes of a prompt's state: residuals, keys and values, write directions."""
+    directions = 0.0
+    for dictionary in work.dictionaries:
+        active = float(dictionary.facts.get("expected_l0") or _ACTIVE)
+        n = dictionary.n_features
+        # As if every token drew its features among all: some are active at several.
+        distinct = n * (1 - (1 - min(1.0, active / n)) ** tokens)
+        directions += distinct * dictionary.d_out * 4
+    width = next(iter(work.dictionaries)).d_in
+    return directions + 3 * (n_layers + 1) * tokens * width * item
+
+
+def _stored(path: Any) -> int:
+    """Return the bytes of a dictionary's files."""
+    where = Path(str(path)) if path else None
+    if where is None or not where.exists():
+        return 0
+    files = [where] if where.is_file() else list(where.iterdir())
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _resident() -> float:
+    """Return what this process holds with everything imported and used once."""
     import psutil
 
     return psutil.Process().memory_info().rss + _FIRST_USE
@@ -110,5 +167,7 @@ def _longest(work: Workspace) -> int:
     return max(entry["n_tokens"] for entry in sample_prompts(work, work.config)["prompts"])
 
 
-def _on_cuda(device: str | None) -> bool:
-    return torch.cuda.is_available() and (device or "auto").startswith(("cuda", "auto"))
+def _cuda(device: str | None) -> torch.device | None:
+    """Return the CUDA device that is meant, None where it is another kind."""
+    meant = parse_device(device)
+    return meant if meant.type == "cuda" else None

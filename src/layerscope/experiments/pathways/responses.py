@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from layerscope.experiments.pathways.config import PathwaysConfig
+from layerscope.experiments.pathways.copies import find_copies
 from layerscope.experiments.pathways.findings import Findings
 from layerscope.experiments.pathways.records import ResponseRecord, response_record
 from layerscope.experiments.pathways.streams import RecordStream, StreamError
@@ -23,13 +27,13 @@ class Cell:
 
     Attributes:
         trials: unique ones. unnumbered: records without a trial number.
-        hashes: of the first `_DISTINCT` responses. looked: how many were looked at for copies.
+        hashes: of the first `_DISTINCT` responses, to look for copies. letters: of these.
     """
 
     trials: int = 0
     seen: int = 0  # one bit per trial number
-    hashes: set[int] = field(default_factory=lambda: set[int]())
-    looked: int = 0
+    hashes: array[int] = field(default_factory=lambda: array("q"))
+    letters: int = 0
 
 
 @dataclass(eq=False)
@@ -73,9 +77,9 @@ class ResponseTally:
         if record.valid is not None:
             self.parsed += 1
             self.valid += record.valid
-        if cell.looked < _DISTINCT:
-            cell.looked += 1
-            cell.hashes.add(hash(record.response))
+        if len(cell.hashes) < _DISTINCT:
+            cell.letters += len(record.response)
+            cell.hashes.append(hash(record.response))
 
     def trials(self, feature: str, condition: str) -> int:
         """Return the trials of a feature, shared ones included."""
@@ -84,8 +88,8 @@ class ResponseTally:
 
     def to_dict(self, conditions: Sequence[str]) -> dict[str, Any]:
         """Return the counts as JSON values."""
-        looked = sum(cell.looked for cell in self.cells.values())
-        distinct = sum(len(cell.hashes) for cell in self.cells.values())
+        looked = sum(len(cell.hashes) for cell in self.cells.values())
+        distinct = sum(len(set(cell.hashes)) for cell in self.cells.values())
         return {
             "records": self.records,
             "repeated_trials": self.repeated,
@@ -219,19 +223,33 @@ def _judge_trials(tally: ResponseTally, config: PathwaysConfig, findings: Findin
 
 
 def _judge_copies(tally: ResponseTally, config: PathwaysConfig, findings: Findings) -> None:
+    found = find_copies(
+        {key: np.frombuffer(cell.hashes, dtype=np.int64) for key, cell in tally.cells.items()},
+        {key: cell.letters / max(len(cell.hashes), 1) for key, cell in tally.cells.items()},
+        min_unique=config.min_unique,
+    )
     copies = sorted(
-        (len(cell.hashes) / cell.looked, feature or "baseline", condition)
-        for (feature, condition), cell in tally.cells.items()
-        if cell.looked >= 4 and len(cell.hashes) / cell.looked < config.min_unique
+        (share, feature or "baseline", condition)
+        for (feature, condition), share in found.share.items()
+        if share < config.min_unique
     )
     if copies:
         findings.warn(
             "copied_responses",
-            "most responses of a feature and condition are copies of one another: greedy "
-            "generation repeats itself, and copies are no independent trials",
+            "most responses of a feature and condition are copies of one another, of texts that "
+            "hardly occur elsewhere: greedy generation repeats itself, and copies are no "
+            "independent trials",
             count=len(copies),
             worst=[
                 {"feature": feature, "condition": condition, "unique_share": round(share, 4)}
                 for share, feature, condition in copies[:_WORST]
             ],
+        )
+    if found.uniform:
+        findings.warn(
+            "unvaried_responses",
+            "responses do not vary as samples do: the answer is certain, or generation was greedy; "
+            "then trials are copies",
+            count=len(found.uniform),
+            unique_share={side: round(share, 4) for side, share in found.uniform.items()},
         )

@@ -24,6 +24,7 @@ from layerscope.experiments.pathways.workspace import (
     TOKENS,
     TOKENS_JSON,
     VALIDATION,
+    WORDS,
     read_json,
 )
 
@@ -38,7 +39,8 @@ class Results:
         prototype: of one feature. edges: one row per edge and prompt, with replay and verdict.
         doses: one row per edge and dose. pathways: one row per pair of features, over prompts.
         replay: how well predictions agree with replays.
-        tokens: associations. token_notes: per feature, with drivers and logit weights.
+        tokens: associations; words: those of words.
+        token_notes: per feature, with drivers and logit weights.
         figures: density, norm and neighbour of every feature.
         graph: nodes and edges. summary: one row per causal feature.
     """
@@ -58,6 +60,7 @@ class Results:
     figures: pl.DataFrame | None
     graph: dict[str, Any] | None
     summary: pl.DataFrame | None
+    words: pl.DataFrame | None = None
 
 
 def open_results(folder: str | Path) -> Results:
@@ -98,4 +101,5 @@ def open_results(folder: str | Path) -> Results:
         figures=table(FEATURE_FIGURES),
         graph=content(f"{INTEGRATED}/graph.json"),
         summary=table(f"{INTEGRATED}/feature_summary.parquet"),
+        words=table(WORDS),
     )

@@ -15,11 +15,13 @@ from layerscope.experiments.pathways.corpus import PROMPTS, Text, corpora
 from layerscope.experiments.pathways.encoding import Encoder, texts_schema
 from layerscope.experiments.pathways.manifest import Chunks, StageResult, write_parquet
 from layerscope.experiments.pathways.targets import selected
+from layerscope.experiments.pathways.words import by_words
 from layerscope.experiments.pathways.workspace import (
     CHUNKS,
     FEATURE_FIGURES,
     TOKENS,
     TOKENS_JSON,
+    WORDS,
     SampledPrompt,
     Workspace,
 )
@@ -62,8 +64,13 @@ def run_tokens(work: Workspace, key: str, progress: Progress | None = None) -> S
     flagged = {name: reason for name, (_, reason) in quality.items() if reason}
     table, corpus_counts = _associations(work, texts, entries, features, strings)
     table = table.with_columns(degenerate_share=_degenerate(texts, flagged, table["corpus"]))
+    spoken, vocabulary = by_words(entries, texts)
+    words, word_counts = _associations(work, texts, spoken, features, vocabulary)
+    words = words.with_columns(degenerate_share=_degenerate(texts, flagged, words["corpus"]))
+    words = words.drop("token_id").rename({"token": "word"})
     traced, logits = _traced(work, features, prompts, entries, strings), _logits(work, features)
     write_parquet(work.path(TOKENS), table)
+    write_parquet(work.path(WORDS), words)
     write_parquet(work.path(FEATURE_FIGURES), _figures(work, features, entries, nats))
     rows = table.to_dicts()
     by_feature: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -97,6 +104,8 @@ def run_tokens(work: Workspace, key: str, progress: Progress | None = None) -> S
         notes.append(f"integrated gradients of {incomplete} features do not add up within 2%")
     summary = {
         "rows": table.height,
+        "word_rows": words.height,
+        "words": {name: counts["tokens"] for name, counts in word_counts.items()},
         "significant": significant,
         "features_with_tokens": len(by_feature),
         "corpora": corpus_counts,
@@ -104,7 +113,9 @@ def run_tokens(work: Workspace, key: str, progress: Progress | None = None) -> S
         "traced": len(traced),
     }
     _log.info("%d token rows, %d of them with q < %g", table.height, significant, config.fdr)
-    outputs = (TOKENS, TOKENS_JSON, FEATURE_FIGURES)
+    if entries.height and spoken.is_empty():
+        notes.append("the tokenizer does not say where tokens stand: there is no table of words")
+    outputs = (TOKENS, TOKENS_JSON, WORDS, FEATURE_FIGURES)
     return StageResult(summary, outputs, 1 if notes else 0, tuple(notes))
 
 

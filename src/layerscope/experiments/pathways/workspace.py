@@ -31,6 +31,7 @@ DOSES = "results/pathways/doses.parquet"
 OVER_PROMPTS = "results/pathways/over_prompts.parquet"
 REPLAY = "results/pathways/replay.json"
 TOKENS = "results/tokens/token_associations.parquet"
+WORDS = "results/tokens/word_associations.parquet"
 TOKENS_JSON = "results/tokens/token_associations.json"
 FEATURE_FIGURES = "results/tokens/feature_figures.parquet"
 INTEGRATED = "results/integrated"
@@ -107,6 +108,11 @@ class Workspace:
         for dictionary in chosen:  # ids keep the space of the whole set
             dictionary.space = space
         return chosen
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the model is loaded."""
+        return self._model is not None
 
     @property
     def model(self) -> LanguageModel:

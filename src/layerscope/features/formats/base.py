@@ -163,10 +163,11 @@ class Raw:
             if not 0 < scale < float("inf"):
                 raise DictionaryError(f"an activation scale of {scale:g} cannot be right")
         n = self.encoder.shape[0]
-        ones = torch.ones(n, dtype=torch.float64)
+        device = self.b_enc.device
+        ones = torch.ones(n, dtype=torch.float64, device=device)
         norms = ones
         if self.rank_by_norm or self.units in ("unit", "norm"):
-            norms = self.decoders[0].norms().cpu()
+            norms = self.decoders[0].norms().to(device)
             # A feature that writes nothing stays as it is.
             norms = torch.where(norms > 0, norms, ones)
         units = {
