@@ -90,3 +90,28 @@ def test_train_stores_a_dictionary_that_check_accepts(
     assert "resid_post.0" in capsys.readouterr().out
     assert run([*words, "--seed", "1"]) == 2
     assert "another run" in capsys.readouterr().err
+
+
+def test_a_transcoder_is_trained_checked_and_drawn(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trained"
+    words = [
+        "features", "train", str(model_path()), "--text", str(text), "--out", str(out),
+        "--transcoder", "--affine", "--site", "mlp_in.0", "--steps", "60", "--batch", "256",
+        "--tokens", "6000", "--held-out", "800", "--k", "16", "--expansion", "2",
+        "--learning-rate", "0.003",
+    ]  # fmt: skip
+    assert run([*words, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["site"] == "mlp_in.0" and 0 < found["fvu"] < 0.5
+    assert {"clean", "reconstructed", "zero", "recovered"} == set(found["loss"])
+    words = ["features", "check", str(model_path()), str(out), "--text", str(text)]
+    assert run([*words, "--tokens", "1500"]) == 0
+    assert "mlp_in.0 | writes mlp_out.0" in capsys.readouterr().out
+    words = ["graph", "--dictionaries", str(out), "--prompt", "The capital of France is"]
+    words += ["--check", "2", "--max-features", "8", "--node-share", "1", "--edge-share", "1"]
+    assert run([*words, "--out", str(tmp_path)]) == 0
+    assert "checked in the model" in capsys.readouterr().out
+    assert run(["features", "train", str(model_path()), "--text", str(text), "--affine"]) == 2
+    assert "only a transcoder" in capsys.readouterr().err

@@ -100,18 +100,18 @@ def test_a_skipped_pre_bias_is_named_and_so_is_a_needless_one() -> None:
 def coherent(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return unit directions that overlap (mean |cosine| above 0.1), and sparse sums of them."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    directions = torch.randn(48, 48, generator=generator, dtype=torch.float64)
     directions /= directions.norm(dim=1, keepdim=True)
-    overlap = directions @ directions.T - torch.eye(32, dtype=torch.float64)
+    overlap = directions @ directions.T - torch.eye(48, dtype=torch.float64)
     assert 0.1 < float(overlap.abs().mean()) < 0.3
-    return directions, planted(n=32, d=32, rows=300, offset=0).values @ directions
+    return directions, planted(n=48, d=48, rows=300, offset=0).values @ directions
 
 
 def test_mistakes_are_named_where_directions_overlap_too() -> None:
     """Exact recovery is out of reach there, so it is the change of FVU that has to tell."""
     directions, x = coherent()
-    m = torch.linspace(0.3, 4.0, 32, dtype=torch.float64)[:, None]
-    gate = JumpRelu(torch.full((32,), 0.9))
+    m = torch.linspace(0.3, 4.0, 48, dtype=torch.float64)[:, None]
+    gate = JumpRelu(torch.full((48,), 1.1))
     offset = 2 * directions.sum(0)
     right = autoencoder(directions, directions, gate)
     assert codes(right, x) == []

@@ -12,7 +12,7 @@ import argparse
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -39,7 +39,7 @@ HELD_OUT = 40_000
 ROWS = 64
 CARD, RECORD = "CARD.md", "training.json"
 OPTIONS = TrainOptions(k=32, expansion=8, steps=1200, batch=768, learning_rate=2e-3, seed=SEED)
-TRANSCODERS = TrainOptions(**{**asdict(OPTIONS), "transcoder": True, "k": 16, "expansion": 1.75})
+TRANSCODERS = replace(OPTIONS, transcoder=True, k=16, expansion=1.75)
 
 _DICTIONARIES = """# Card: dictionaries of the embedded model
 
@@ -124,7 +124,7 @@ def main() -> None:
     started = time.monotonic()
     model = load(model_path(), device="cpu", dtype="float32")
     wanted = TRANSCODERS if arguments.transcoders else OPTIONS
-    options = TrainOptions(**{**asdict(wanted), "steps": arguments.steps})
+    options = replace(wanted, steps=arguments.steps)
     kind = "mlp_in" if options.transcoder else "resid_post"
     layers = arguments.layers or range(model.n_layers)
     train, held_out = batches(model, TOKENS), batches(model, HELD_OUT, validation=True)

@@ -188,7 +188,7 @@ def loss_recovered(
     Raises:
         DictionaryError: the dictionary writes several sites.
     """
-    if len(dictionary.writes) > 1:
+    if len(dictionary.writes) != 1:
         raise DictionaryError("loss recovered is measured for dictionaries that write one site")
     reads, writes = dictionary.reads, dictionary.writes[0]
     names = ("clean", "reconstructed", "zero")

@@ -177,20 +177,17 @@ def _checks(checks: pl.DataFrame, nodes: pl.DataFrame) -> Section:
     names = _names(nodes)
     drawings: list[HeatMap | Lines | Bars] = []
     for kind, caption in (
-        ("edge", "Edges: the change of the target when the source is taken away."),
-        ("logit", "The change of the first logit when a feature is taken away, by all paths."),
+        ("edge", "Edges: the change of the target when the source is taken away. Equal is right."),
+        ("logit", "The change of the first logit by all paths when a feature is taken away."),
     ):
         part = checks.filter(kind=kind)
-        points = list(part.select("predicted", "measured").iter_rows())
-        ends = [part["predicted"].min(), part["predicted"].max()]
-        exact = [(float(end), float(end)) for end in ends if isinstance(end, float)]
+        series = {
+            "measured": list(part.select("predicted", "measured").iter_rows()),
+            "size of a random direction's": list(part.select("predicted", "random").iter_rows()),
+        }
         drawings.append(
-            Lines(
-                {"measured": points, "random direction": list(
-                    part.select("predicted", "random").iter_rows()), "exact": exact},
-                "predicted by the graph", "measured in the model", caption, points=True,
-            )
-        )  # fmt: skip
+            Lines(series, "predicted by the graph", "measured in the model", caption, points=True)
+        )
     parts: list[Part] = [Multiples(drawings)]
     rows = [
         (row["kind"], names[row["source"]], names[row["target"]], row["predicted"],

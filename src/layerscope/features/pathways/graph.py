@@ -83,9 +83,9 @@ class TranscoderGraph(GraphBase):
             for to in found.writes:
                 self.errors[to] -= self.written(found, to)
             if dictionary.skip is not None:
-                self.skips[layer] = dictionary.skip.double()
+                self.skips[layer] = dictionary.skip.cpu().double()
                 self.errors[layer] -= self.mlp_in[layer].double() @ self.skips[layer].T
-            bias = dictionary.decoder_bias.double()
+            bias = dictionary.decoder_bias.cpu().double()
             self.errors[layer] -= bias
             self.biases[layer] = self.biases[layer] + bias
             self._active[layer] = found
@@ -112,7 +112,7 @@ class TranscoderGraph(GraphBase):
                 cotangents = self.join(cotangents + skipped, chosen)
                 nodes = [*nodes, *chosen]
             add(nodes, (cotangents * self.attention_bias(layer)).sum((1, 2)))
-            cotangents = self.linear.through(layer, cotangents)
+            cotangents = self.through(layer, cotangents)
             if parallel:  # its MLP reads what its attention reads
                 cotangents = self.join(cotangents + skipped, chosen)
                 nodes = [*nodes, *chosen]

@@ -1,4 +1,7 @@
-"""What every attribution graph starts from and ends with: one run, the logits, the tables."""
+"""What every attribution graph starts from and ends with: one run, the logits, the tables.
+
+Blocks run where the model is; sums are taken in float64 on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,6 @@ class GraphBase:
     """
 
     basis = ""
-    effects: dict[Key, float] | None = None  # on the first logit; None for products along paths
 
     def __init__(
         self,
@@ -97,11 +99,14 @@ class GraphBase:
         with torch.no_grad():
             run = model.run(self.batch, capture=[*sites, "final_norm"], logits="last")
         self.residuals = torch.cat([run[site] for site in rows])
-        self.mlp_in = [run[f"mlp_in.{layer}"][0] for layer in layers]
-        self.mlp_out = [run[f"mlp_out.{layer}"][0].double() for layer in layers]
+        self.stream = self.residuals.cpu()
+        self.mlp_in = [run[f"mlp_in.{layer}"][0].cpu() for layer in layers]
+        self.mlp_out = [run[f"mlp_out.{layer}"][0].cpu().double() for layer in layers]
         self.final = run["final_norm"][0]
         assert run.logits is not None
-        self.probabilities = run.logits[0, -1].float().softmax(-1)
+        self.probabilities = run.logits[0, -1].float().softmax(-1).cpu()
+        weight = model.unembedding.weight.detach()
+        self.head = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
         self.linear = Pullback(self._state(), variant="linear", n_positions=self.n)
         self.norms: dict[int, FrozenNorm] = {}
 
@@ -120,28 +125,40 @@ class GraphBase:
         """What is active, by layer."""
         raise NotImplementedError
 
+    @property
+    def effects(self) -> dict[Key, float] | None:
+        """What the first logit owes to features; None where products along paths say it."""
+        return None
+
     def norm(self, layer: int) -> FrozenNorm:
         """Return the norm before an MLP, held."""
         if layer not in self.norms:
-            self.norms[layer] = self.linear.mlp_norm(layer)
+            self.norms[layer] = _wide(self.linear.mlp_norm(layer))
         return self.norms[layer]
+
+    def through(
+        self, layer: int, cotangents: Float[Tensor, "node pos d_model"]
+    ) -> Float[Tensor, "node pos d_model"]:
+        """Pull cotangents back through a block's attention and the stream beside it."""
+        held = cotangents.to(self.residuals.dtype).to(self.residuals.device)
+        return self.linear.through(layer, held).cpu().double()
 
     def encode(self, dictionary: SparseDictionary, values: Tensor) -> Active:
         """Return what is active of a dictionary; nothing at positions it was not trained on."""
-        dense = dictionary.encode(values).detach()
+        dense = dictionary.encode(values).detach().cpu()
         dense[: int(dictionary.facts.get("skip") or 0)] = 0.0
         positions, ids = dense.nonzero(as_tuple=True)
         writes: dict[int, Tensor] = {}
         for to, site in enumerate(dictionary.writes):
             assert site.layer is not None
-            writes[site.layer] = dictionary.write_directions(ids, to=to).double()
+            writes[site.layer] = dictionary.write_directions(ids, to=to).cpu().double()
         return Active(
             dictionary.layer,
             positions,
             ids,
             dense[positions, ids].double(),
-            dictionary.read_rows(ids).double(),
-            dictionary.read_bias(ids).double(),
+            dictionary.read_rows(ids).cpu().double(),
+            dictionary.read_bias(ids).cpu().double(),
             writes,
         )
 
@@ -152,15 +169,14 @@ class GraphBase:
 
     def logits(self) -> list[Node]:
         """Return the most likely next tokens, each held against the mean over the vocabulary."""
-        head = self.model.unembedding
         probs, ids = self.probabilities.topk(min(self.options.logits, self.model.d_vocab))
         enough = int((probs.cumsum(0) < self.options.logit_mass).sum()) + 1
         norm = self._final_norm()
-        weight = head.weight.detach()
-        mean = weight.double().mean(0)
+        mean = self.head.mean(0, dtype=torch.float64).cpu()
+        final = self.final[-1].cpu().double()
         nodes: list[Node] = []
         for token, probability in list(zip(ids.tolist(), probs.tolist(), strict=True))[:enough]:
-            direction = weight[token].double() - mean
+            direction = self.head[token].cpu().double() - mean
             nodes.append(
                 Node(
                     kind="logit",
@@ -168,7 +184,7 @@ class GraphBase:
                     feature=token,
                     position=self.n - 1,
                     token=self.strings[token],
-                    value=float(direction @ self.final[-1].double()),
+                    value=float(direction @ final),
                     activation=probability,
                     influence=probability,
                     constant=float(direction @ norm.bias),
@@ -190,13 +206,13 @@ class GraphBase:
     def attention_bias(self, layer: int) -> Float[Tensor, "pos d_model"]:
         """Return what a block's frozen attention writes whatever it reads: biases."""
         zero = torch.zeros_like(self.residuals[layer : layer + 1])
-        written = self.linear.block(layer, zero).detach()[0].double()
+        written = self.linear.block(layer, zero).detach()[0].cpu().double()
         return written - self.mlp_out[layer]
 
     def add_tokens(self, nodes: Sequence[Node], cotangents: Tensor) -> None:
         """Add what the embeddings give to nodes whose cotangents are at row 0."""
         for place, node in enumerate(nodes):
-            parts = (cotangents[place] * self.residuals[0].double()).sum(-1)
+            parts = (cotangents[place] * self.stream[0].double()).sum(-1)
             for position, value in enumerate(parts.tolist()):
                 node.edges["token", -1, -1, position] = value
             add([node], parts.sum()[None], parts.abs().max()[None], parts.abs().sum()[None])
@@ -211,21 +227,26 @@ class GraphBase:
     def _final_norm(self) -> FrozenNorm:
         _, norm = self.model.norm_at(self.model.n_layers, "final")
         last, normed = self.residuals[-1, -1:], self.final[-1:]
-        return freeze_norm(norm, last, normed, self.model.dtype, "the final norm")
+        return _wide(freeze_norm(norm, last, normed, self.model.dtype, "the final norm"))
 
-    def _promoted(self, key: Key) -> str:
-        """Return the tokens whose logits a feature raises most by itself, through the last norm."""
-        kind, layer, feature, position = key
-        if kind != "feature":
-            return ""
-        active = self.active[layer]
-        found = (active.ids == feature) & (active.positions == position)
-        entry = int(found.nonzero()[0])
-        direction = sum(rows[entry] for rows in active.writes.values())
-        assert isinstance(direction, Tensor)
-        weight = self.model.unembedding.weight.detach()
-        raised = weight.float() @ (direction * self._gain).float()
-        return " ".join(repr(self.strings[i]) for i in raised.topk(_PROMOTED).indices.tolist())
+    def _promoted(self, keys: Sequence[Key]) -> dict[Key, str]:
+        """Return the tokens whose logits features raise most by themselves, by the last norm."""
+        features = [key for key in keys if key[0] == "feature"]
+        if not features:
+            return {}
+        directions: list[Tensor] = []
+        for _, layer, feature, position in features:
+            active = self.active[layer]
+            entry = int(((active.ids == feature) & (active.positions == position)).nonzero()[0])
+            written = torch.stack([rows[entry] for rows in active.writes.values()])
+            directions.append(written.sum(0))
+        found = torch.stack(directions) * self._final_norm().gain
+        raised = found.to(self.head.dtype).to(self.head.device) @ self.head.T
+        best = raised.topk(min(_PROMOTED, raised.shape[1])).indices.tolist()
+        return {
+            key: " ".join(repr(self.strings[token]) for token in tokens)
+            for key, tokens in zip(features, best, strict=True)
+        }
 
     def _finish(self, nodes: Sequence[Node]) -> AttributionGraph:
         residuals = [
@@ -233,8 +254,8 @@ class GraphBase:
             for node in nodes
         ]
         pruned = prune(nodes, self.options, self.effects)
-        self._gain = self._final_norm().gain
-        table, edges = tables(nodes, residuals, pruned, self.tokens, self._promoted)
+        promoted = self._promoted(list(pruned.kept))
+        table, edges = tables(nodes, residuals, pruned, self.tokens, promoted)
         summary = {
             "basis": self.basis,
             "prompt_tokens": list(self.tokens),
@@ -265,6 +286,12 @@ class GraphBase:
             space=FeatureSpace("graph", ()),
             bytes_read=0,
         )
+
+
+def _wide(norm: FrozenNorm) -> FrozenNorm:
+    """Return a norm in float64 on the CPU."""
+    gain, bias, scale = (part.cpu().double() for part in (norm.gain, norm.bias, norm.scale))
+    return FrozenNorm(gain, bias, scale, norm.centred)
 
 
 def _drawn(nodes: Sequence[Node]) -> float:

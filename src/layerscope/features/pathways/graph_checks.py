@@ -142,6 +142,10 @@ class _Tester:
     ) -> None:
         self.model, self.batch, self.clean, self.reads = model, batch, clean, reads
 
+    def before(self, read: _Read) -> Tensor:
+        """Return what a target reads in the clean run."""
+        return self.clean[read.site][0, read.position].cpu().double()
+
     def changes(
         self,
         writes: Sequence[tuple[Site, int, Tensor]],
@@ -157,13 +161,13 @@ class _Tester:
         for site, position, change in writes:
             if site in held:  # a cross-layer feature writes onto what is held
                 edits.append(Replace(site, self.clean[site]))
-            edits.append(Add(site, -change, positions=position))
+            edits.append(Add(site, -change.to(self.model.dtype), positions=position))
         found = self.model.run(
             self.batch, capture=list({read.site for read in wanted}), edits=edits, logits=None
         )
         return {
             read.node: float(
-                (found[read.site] - self.clean[read.site])[0, read.position].double()
+                (found[read.site][0, read.position].cpu().double() - self.before(read))
                 @ read.direction
             )
             for read in wanted
@@ -173,10 +177,12 @@ class _Tester:
 def _read(model: LanguageModel, dictionaries: DictionarySet, node: Mapping[str, Any]) -> _Read:
     if node["kind"] == "logit":
         weight = model.unembedding.weight.detach()
-        direction = weight[node["feature_id"]].double() - weight.double().mean(0)
+        weight = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
+        mean = weight.mean(0, dtype=torch.float64).cpu()
+        direction = weight[node["feature_id"]].cpu().double() - mean
         return _Read(node["node"], Site("final_norm"), node["position"], direction)
     dictionary = dictionaries[node["layer"]]
-    direction = dictionary.read_rows([node["feature_id"]])[0].double()
+    direction = dictionary.read_rows([node["feature_id"]])[0].cpu().double()
     return _Read(node["node"], dictionary.reads, node["position"], direction)
 
 
@@ -184,7 +190,7 @@ def _writes(
     dictionary: SparseDictionary, node: Mapping[str, Any]
 ) -> Iterable[tuple[Site, int, Tensor]]:
     for to, site in enumerate(dictionary.writes):
-        direction = dictionary.write_directions([node["feature_id"]], to=to)[0]
+        direction = dictionary.write_directions([node["feature_id"]], to=to)[0].cpu()
         yield site, node["position"], node["activation"] * direction
 
 

@@ -42,17 +42,22 @@ class ResidualGraph(GraphBase):
     ) -> None:
         super().__init__(model, prompt, dictionaries, options)
         self._active: dict[int, Active] = {}
-        self.effects: dict[Key, float] = {}
+        self.owed: dict[Key, float] = {}
         self.errors: dict[int, Tensor] = {}
         self.biases: dict[int, Tensor] = {}
         for dictionary in dictionaries:
             layer = dictionary.layer
-            stream = self.residuals[layer + 1]
+            stream = self.stream[layer + 1]
             found = self.encode(dictionary, stream)
-            self.biases[layer] = dictionary.decoder_bias.double()
+            self.biases[layer] = dictionary.decoder_bias.cpu().double()
             self.errors[layer] = stream.double() - self.written(found, layer) - self.biases[layer]
             self._active[layer] = found
             dictionary.release()
+
+    @property
+    def effects(self) -> dict[Key, float]:
+        """What the first logit owes to every feature."""
+        return self.owed
 
     @property
     def active(self) -> Mapping[int, Active]:
@@ -110,7 +115,7 @@ class ResidualGraph(GraphBase):
             feature=int(source.ids[entry]),
             position=position,
             token=self.tokens[position],
-            value=float(read @ self.residuals[source.layer + 1, position].double()) + bias,
+            value=float(read @ self.stream[source.layer + 1, position].double()) + bias,
             activation=float(source.values[entry]),
             influence=float(self.influence[entry]),
             constant=bias,
@@ -124,15 +129,15 @@ class ResidualGraph(GraphBase):
         for feature, position, value in zip(
             source.ids.tolist(), source.positions.tolist(), owed.tolist(), strict=True
         ):
-            self.effects["feature", layer, feature, position] = value
+            self.owed["feature", layer, feature, position] = value
 
     def _pulled(self, layer: int, cotangents: Tensor) -> Tensor:
         """Pull cotangents back through a block, and list nothing."""
         parallel = self.model.backend.why_not(Site("resid_mid", layer)) is not None
         tangent, _ = self._tangent(layer, parallel, cotangents)
         if parallel:
-            return self.linear.through(layer, cotangents) + tangent
-        return self.linear.through(layer, cotangents + tangent)
+            return self.through(layer, cotangents) + tangent
+        return self.through(layer, cotangents + tangent)
 
     def _through(
         self, layer: int, nodes: Sequence[Node], cotangents: Float[Tensor, "node pos d_model"]
@@ -145,10 +150,10 @@ class ResidualGraph(GraphBase):
         bias = self.attention_bias(layer)
         if parallel:
             add(nodes, (cotangents * bias).sum((1, 2)))
-            return self.linear.through(layer, cotangents) + tangent
+            return self.through(layer, cotangents) + tangent
         cotangents = cotangents + tangent
         add(nodes, (cotangents * bias).sum((1, 2)))
-        return self.linear.through(layer, cotangents)
+        return self.through(layer, cotangents)
 
     def _tangent(
         self, layer: int, parallel: bool, cotangents: Tensor
@@ -164,7 +169,8 @@ class ResidualGraph(GraphBase):
         with torch.enable_grad():
             leaf = kept[reads][0].detach().clone().requires_grad_(True)
             centred = leaf - leaf.mean(-1, keepdim=True) if norm.centred else leaf
-            gain, bias, scale = (part.to(leaf) for part in (norm.gain, norm.bias, norm.scale))
+            held = (norm.gain, norm.bias, norm.scale)
+            gain, bias, scale = (part.to(leaf.dtype).to(leaf.device) for part in held)
             normed = centred * gain * scale[:, None] + bias
             above = self.model.run(
                 self.linear.batch,
@@ -176,12 +182,10 @@ class ResidualGraph(GraphBase):
                 gradients=True,
             )[f"mlp_out.{layer}"][0]
             pulled = [
-                torch.autograd.grad(
-                    above, leaf, part.to(above.dtype), is_grads_batched=True, retain_graph=True
-                )[0]
-                for part in cotangents.split(_CHUNK)
+                torch.autograd.grad(above, leaf, part, is_grads_batched=True, retain_graph=True)[0]
+                for part in cotangents.to(above.dtype).to(above.device).split(_CHUNK)
             ]
-        return torch.cat(pulled).double(), leaf.detach().double()
+        return torch.cat(pulled).cpu().double(), leaf.detach().cpu().double()
 
     def _listed(self, key: tuple[str, int], nodes: Sequence[Node], values: Tensor) -> None:
         """Add sources of one kind at every position."""

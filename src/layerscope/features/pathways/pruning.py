@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,9 @@ def prune(
 def _influence(nodes: Sequence[Node]) -> tuple[dict[Key, float], dict[str, float]]:
     """Return the influence of every source, and where it ends."""
     influence: dict[Key, float] = {}
-    ends = dict.fromkeys(("tokens", "errors", "mlp", "features", "biases"), 0.0)
+    ends: dict[str, float] = {
+        "tokens": 0.0, "errors": 0.0, "mlp": 0.0, "features": 0.0, "biases": 0.0,
+    }  # fmt: skip
     expanded = {key_of(node) for node in nodes}
     names = {"token": "tokens", "error": "errors", "mlp": "mlp", "feature": "features"}
     for node in nodes:  # from the top down, as they were expanded
@@ -223,7 +225,7 @@ def tables(
     residuals: Sequence[float],
     pruned: Pruned,
     tokens: Sequence[str],
-    promoted: Callable[[Key], str],
+    promoted: Mapping[Key, str],
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the tables of nodes and edges; edges name nodes by their number."""
     expanded = {
@@ -251,7 +253,7 @@ def tables(
                 pruned.cumulative.get(key, 1.0),
                 pruned.effects.get(key),
                 residual,
-                promoted(key),
+                promoted.get(key, ""),
             )
         )
     edges = [

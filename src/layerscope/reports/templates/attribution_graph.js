@@ -43,8 +43,9 @@
     const weight = Number(controls.weight.value);
     return data.edges.filter((edge) => {
       const from = nodes.get(edge.source), to = nodes.get(edge.target);
-      return visible(from) && visible(to) && edge.flow >= least && Math.abs(edge.weight) >= weight
-        && (chosen === null || !controls.only.checked || edge.source === chosen || edge.target === chosen);
+      const own = edge.source === chosen || edge.target === chosen; // all edges of the clicked node are drawn
+      return visible(from) && visible(to) && (own || edge.flow >= least) && Math.abs(edge.weight) >= weight
+        && (chosen === null || !controls.only.checked || own);
     });
   }
 
@@ -108,7 +109,7 @@
         d: `M${a.x} ${a.y}C${a.x} ${half} ${b.x} ${half} ${b.x} ${b.y}`,
         class: "edge " + (edge.weight > 0 ? "up" : "down"),
         "stroke-width": 0.7 + 4 * Math.sqrt(edge.flow / most),
-        opacity: lit ? 0.22 + 0.6 * Math.sqrt(edge.flow / most) : 0.04,
+        opacity: lit ? (chosen === null ? 0.22 : 0.4) + 0.55 * Math.sqrt(edge.flow / most) : 0.04,
       }, lines);
       line.addEventListener("pointerenter", () => tell(about(edge)));
     }
