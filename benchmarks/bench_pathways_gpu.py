@@ -273,6 +273,7 @@ def remarks(work: Workspace, planned: dict[str, Any], peaks: dict[str, int]) -> 
     return [
         f"{found.height} edges from {sources} sources, {last:.0%} of them at the target's token",
         f"verdicts: {stages['replay']['summary']['verdicts']}",
+        f"peak of the host's memory: {peak_rss_bytes() / 1e9:.2f} GB, mapped files included",
         f"dictionaries read for discovery: {read / 1e9:.2f} GB; edges on the disk: "
         f"{size / 1e6:.2f} MB",
         f"planned peak {planned['peak_bytes'] / 1e9:.2f} GB, measured "
