@@ -114,7 +114,7 @@ def _best(summary: dict[str, Any]) -> Section:
     lead = (
         "Random position: what the same source reads elsewhere in the prompt. Random layer: what "
         "another block reads at the same place. By some cell: shares of prompts that at least one "
-        "cell sets right; with many cells some do by chance, so compare it with both controls."
+        "cell sets right; with many cells some do by chance: compare it with random positions."
     )
     return Section("Best cell, and chance", parts, lead)
 

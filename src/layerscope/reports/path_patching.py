@@ -14,6 +14,7 @@ from layerscope.reports.patching import checked_figures, pair_section
 
 SHOWN_EDGES = 200
 _MOST_COLUMNS = 64
+_MOST_ROWS = 40
 
 
 def write_paths(outcome: Outcome, path: Path) -> Path:
@@ -117,23 +118,29 @@ def _maps(edges: pl.DataFrame, summary: dict[str, Any], toward: str) -> Section:
     return Section("Edges", parts, lead)
 
 
-def _receivers(means: pl.DataFrame, place: str) -> Part:
-    strongest = (
-        means.group_by("receiver", maintain_order=True)
-        .agg(pl.col("mean_recovery").abs().max().alias("size"))
-        .sort("size", descending=True, nulls_last=True, maintain_order=True)
-    )
-    kept = set(strongest["receiver"].head(_MOST_COLUMNS))
+def _receivers(means: pl.DataFrame, place: str) -> HeatMap:
+    kept, more = _strongest(means, "receiver", _MOST_COLUMNS)
     caption = f"senders by receivers, {place} positions" if place == "all" else f"at {place}"
-    if strongest.height > _MOST_COLUMNS:
-        caption += f"; the {_MOST_COLUMNS} of {strongest.height} receivers that move most"
-    return _grid(means.filter(pl.col("receiver").is_in(kept)), "receiver", caption, "receiver")
+    return _grid(kept, "receiver", caption + more, "receiver")
 
 
 def _grid(means: pl.DataFrame, across: str, caption: str, title: str) -> HeatMap:
+    means, more = _strongest(means, "sender", _MOST_ROWS)
     senders = means["sender"].unique(maintain_order=True).to_list()[::-1]
     columns = means[across].unique(maintain_order=True).to_list()
-    return _map(means, senders, columns, ("sender", across), caption, ("sender", title))
+    return _map(means, senders, columns, ("sender", across), caption + more, ("sender", title))
+
+
+def _strongest(means: pl.DataFrame, column: str, most: int) -> tuple[pl.DataFrame, str]:
+    """Return the rows of those that move most, in their order, and a note where that is not all."""
+    sizes = means.group_by(column, maintain_order=True).agg(
+        pl.col("mean_recovery").abs().max().alias("size")
+    )
+    if sizes.height <= most:
+        return means, ""
+    ranked = sizes.sort("size", descending=True, nulls_last=True, maintain_order=True)
+    kept = means.filter(pl.col(column).is_in(ranked[column].head(most).implode()))
+    return kept, f"; the {most} of {sizes.height} {column}s that move most"
 
 
 def _heads(means: pl.DataFrame, caption: str) -> HeatMap:

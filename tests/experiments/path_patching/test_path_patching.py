@@ -151,7 +151,8 @@ def test_the_command_prints_its_plan_and_keeps_its_run(tmp_path, monkeypatch, ca
     printed = capsys.readouterr()
     assert "2 of 2 pairs, " in printed.err and "computed again by full passes" in printed.out
     page = Path(tmp_path / "runs" / "run-latest" / "report.html").read_text("utf-8")
-    for text in ("Path patching", "Strongest edges", "senders by receivers", "France"):
+    more = "; the 40 of 48 senders that move most"
+    for text in ("Path patching", "Strongest edges", "senders by receivers", "France", more):
         assert text in page
     assert run([*command, "--plan", "--json", *out]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] > 0
