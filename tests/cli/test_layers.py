@@ -60,6 +60,23 @@ def test_run_writes_files_store_page_and_json(
         assert Path(path).exists()
 
 
+def test_other_text_in_the_same_file_is_another_run(
+    folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    ids: list[str] = []
+    for words in ("one two three four five ", "red and blue and one "):
+        text.write_text(words * 20)
+        assert layers(folder, "--prompts", prompts, "--text", text, "--out", out, "--json") == 0
+        answer = json.loads(capsys.readouterr().out)
+        section = answer["summary"]["diagnostics"]["skip_layers_sanity"]
+        assert section["text"]["source"] == str(text)
+        ids.append(answer["run_id"])
+    with Store.open(out / "layerscope.db") as store:
+        configs = [store.run(run_id).config for run_id in ids]
+    assert configs[0]["text_sha256"] != configs[1]["text_sha256"]
+
+
 def test_terminal_summary_is_plain_text_in_a_pipe(
     folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_lens_whose_text_was_unlike_the_prompts_is_a_reason_and_no_other_is() 
     gains = {"on_its_text": 8.0, "on_these_prompts": -2.0}  # KL both ways of 9 + 1 and 8 + 1, twice
     assert reason["evidence"] == {"bits_gained": {"tuned": gains}, "row": 3}
     assert reason["severity"] == "low" and "by 8.00 bits" in reason["message"]
+    assert not other_text(8.04, 1.0) and not other_text(9.0, 8.95)  # by chance
     # Nearer here too; no better there either; nothing known of its text.
     assert not other_text(2.0, 1.0) and not other_text(9.0, 10.0) and not other_text(9.0, None)
 

@@ -12,7 +12,7 @@ from layerscope.cli.common import DEFAULT_FOLDER, console
 from layerscope.cli.keep import load_quietly, show_progress
 from layerscope.errors import LayerscopeError
 from layerscope.experiments.layers import LayersConfig, LayersResult, Plan, PromptSet, execute, plan
-from layerscope.files import canonical_json, sha256_text
+from layerscope.files import canonical_json, sha256_file, sha256_text
 from layerscope.measures.table import LayersTable
 from layerscope.models import load
 from layerscope.reports.files import write_failure, write_run_files
@@ -164,12 +164,22 @@ def _prepare(model: str, prompts: PromptSet, config: LayersConfig, options: Swee
     return load_quietly(prepared, model)
 
 
+def _text_sha256(config: LayersConfig) -> str | None:
+    path = Path(config.text or "")
+    return sha256_file(path) if path.is_file() else None
+
+
 def _run_one(store: Store, folder: RunDir, model: str, planned: Plan) -> ModelOutcome:
     """Execute one plan inside the store, and write its files."""
     with store.start(
         experiment="layers",
-        # A folder may hold another lens than last time: what is in it is part of the run.
-        config={**planned.config.to_dict(), "lens_identity": planned.identity["lenses"]},
+        # A folder may hold another lens than last time, a file other text: what is in them is part
+        # of the run.
+        config={
+            **planned.config.to_dict(),
+            "lens_identity": planned.identity["lenses"],
+            "text_sha256": _text_sha256(planned.config),
+        },
         model={"name": planned.model.name, **planned.model.provenance()},
         prompts=[
             {**asdict(item.source), "prompt_sha256": item.prompt_sha256}

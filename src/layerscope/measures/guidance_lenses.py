@@ -11,6 +11,7 @@ from layerscope.measures.evidence import Evidence, Reason
 
 SHOWN = 4  # warnings quoted in the evidence of one reason
 NORM, HALF = "norm", "p50"
+LEAST = 0.1  # bits: less is gained or lost by chance
 
 
 def fits(evidence: Evidence) -> Iterator[Reason]:
@@ -45,8 +46,8 @@ def lenses_apart(evidence: Evidence) -> Iterator[Reason]:
 def other_text(evidence: Evidence) -> Iterator[Reason]:
     """A lens gains on the text held out by its fit, and loses on the prompts of the run.
 
-    Gains are KL(model || norm lens) - KL(model || lens), at half the depth. It weighs more where
-    such a lens alone confirms an onset.
+    Gains are KL(model || norm lens) - KL(model || lens), at half the depth; both must exceed 0.1
+    bits. It weighs more where such a lens alone confirms an onset.
     """
     bits: Mapping[str, Any] = _comparison(evidence).get("kl_from_final_bits") or {}
     row = percentile_row(evidence.meta.n_layers, DEPTHS[HALF])
@@ -58,7 +59,7 @@ def other_text(evidence: Evidence) -> Iterator[Reason]:
         if here is None or row >= min(len(table.get(lens, ())) for lens in (NORM, name)):
             continue
         there = table[NORM][row] - table[name][row]
-        if there > 0.0 > here:
+        if there > LEAST and here < -LEAST:
             gains[name] = {"on_its_text": there, "on_these_prompts": here}
     if not gains:
         return
