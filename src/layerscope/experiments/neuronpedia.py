@@ -25,6 +25,9 @@ _TYPES: Mapping[str, str] = {
     "token": "embedding",
     "logit": "logit",
 }
+_NOTHING_SAVED: Mapping[str, Any] = {
+    "pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": "",
+}  # fmt: skip
 _ERROR_SLOTS = {"error": -1, "mlp": -2}  # no feature has these numbers
 
 
@@ -90,15 +93,7 @@ def viewer_file(
     Raises:
         OutputError: two nodes have one name, or a position is not of the prompt.
     """
-    names = [node.id(n_layers) for node in nodes]
-    if len(set(names)) < len(names):
-        double = next(each for each in names if names.count(each) > 1)
-        raise OutputError(f"two nodes of the graph are called {double}; give each one once")
-    beyond = [node for node in nodes if not 0 <= node.position < len(tokens)]
-    if beyond:
-        raise OutputError(
-            f"a node is at position {beyond[0].position} of a prompt of {len(tokens)} tokens"
-        )
+    names = _names(nodes, n_layers, len(tokens))
     first = next((place for place, node in enumerate(nodes) if node.kind == "logit"), None)
     metadata: dict[str, Any] = {
         "slug": slug(f"{scan}-{name}"),
@@ -118,13 +113,7 @@ def viewer_file(
         metadata["node_threshold"] = node_share
     return {
         "metadata": metadata,
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": [],
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
+        "qParams": dict(_NOTHING_SAVED),
         "nodes": [
             _node(node, names[place], n_layers, target=place == first)
             for place, node in enumerate(nodes)
@@ -134,6 +123,17 @@ def viewer_file(
             for source, target, weight in links
         ],
     }
+
+
+def _names(nodes: Sequence[ViewerNode], n_layers: int, n_tokens: int) -> list[str]:
+    names = [node.id(n_layers) for node in nodes]
+    if len(set(names)) < len(names):
+        double = next(each for each in names if names.count(each) > 1)
+        raise OutputError(f"two nodes of the graph are called {double}; give each one once")
+    beyond = [node.position for node in nodes if not 0 <= node.position < n_tokens]
+    if beyond:
+        raise OutputError(f"a node is at position {beyond[0]} of a prompt of {n_tokens} tokens")
+    return names
 
 
 def slug(text: str) -> str:
