@@ -5,6 +5,9 @@ accurate, is a setting away: ``torch.set_float32_matmul_precision("medium")`` *p
 products, but on a CPU without matrix units for bfloat16 it merely selects oneDNN, which then
 computes in float32. Whether that is so on the machine at hand is measured once per process against
 float64; no timing enters the decision, so it is the same on every run.
+
+Readouts of few rows may take a product of their own (`layerscope.readout.dots`), whose error is
+bounded on any CPU; what is chosen here does not touch it.
 """
 
 from __future__ import annotations
