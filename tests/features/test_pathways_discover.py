@@ -82,6 +82,62 @@ def test_a_sweep_equals_autograd_pair_by_pair(family: str) -> None:
     )
 
 
+@pytest.mark.parametrize("family", (*FAMILIES, "gemma3", "gpt_neox_sequential", "gptj"))
+def test_one_row_alone_is_pulled_back_as_it_is_among_zeros(family: str) -> None:
+    """A target's first block in pieces against its whole backward pass, several per position."""
+    state = state_of(family)
+    pullback = Pullback(state, n_positions=state.n_positions, chunk=2)
+    ways = _remembered(pullback)
+    block = state.model.n_layers - 1
+    positions = [6, 2, 6, 0, 4, 6, 6, 5, 1]  # more of them than the prompt has tokens
+    generator = torch.Generator().manual_seed(3)
+    reads = torch.randn(9, state.model.d_model, generator=generator, dtype=torch.float64)
+    above = torch.randn(3, 7, state.model.d_model, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros(9, 7, state.model.d_model, dtype=torch.float64)
+    zeros[torch.arange(9), positions] = reads
+    expected = pullback.through(block, torch.cat([above, zeros]))
+    assert ways == []
+    found = pullback.through(block, above, reads, positions)
+    assert ways == [True]
+    # Norms of transformers compute in float32, whatever the model does.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_see_each_other_are_not_taken_alone() -> None:
+    model = tiny("llama", dtype=torch.float64)
+    for block in model.model.layers:
+        forward = block.mlp.forward
+        block.mlp.forward = lambda x, forward=forward: forward(x) + x.cumsum(1)
+    made = layerscope.load(model, tokenizer=tiny_tokenizer(), dtype="float64")
+    dictionaries = dictionaries_of("llama")
+    targets = [Target(dictionaries.space.id(made.n_layers - 1, feature)) for feature in (3, 11)]
+    state = PromptState.of(made, IDS, dictionaries, targets)
+    pullback = Pullback(state, n_positions=state.n_positions)
+    ways = _remembered(pullback)
+    reads = torch.stack([target.read for target in state.targets])
+    pullback.through(made.n_layers - 1, reads.new_zeros(0, 7, made.d_model), reads, [6, 6])
+    assert ways == [False]
+    edges = discover(state, everything())
+    sample = edges.sample(30, seed=0)
+    torch.testing.assert_close(
+        torch.tensor(sample["gradient"].to_list()), by_autograd(state, sample), rtol=1e-5, atol=1e-9
+    )
+
+
+def _remembered(pullback: Pullback) -> list[bool]:
+    """Return a list that gets, for every attempt to take rows alone, whether it was made."""
+    ways: list[bool] = []
+    alone = pullback._alone  # pyright: ignore[reportPrivateUsage]
+
+    def attempt(*given: object) -> object:
+        found = alone(*given)  # type: ignore[arg-type]
+        ways.append(found is not None)
+        return found
+
+    pullback._alone = attempt  # type: ignore[method-assign] # pyright: ignore
+    return ways
+
+
 def test_every_active_feature_up_to_the_target_is_a_candidate() -> None:
     state = state_of("llama", position=4)
     edges = discover(state, everything())

@@ -11,8 +11,7 @@ One sweep serves all targets: their cotangents join at the row that each reads, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -129,13 +128,15 @@ def discover(
     by_row = {layer.row: layer for layer in state.layers.values()}
     order = sorted(range(len(state.targets)), key=lambda index: -state.targets[index].row)
     joined = 0
-    cotangents = state.residuals.new_zeros((0, n_positions, state.residuals.shape[-1])).float()
+    wide = torch.promote_types(state.residuals.dtype, torch.float32)
+    cotangents = state.residuals.new_zeros((0, n_positions, state.model.d_model), dtype=wide)
     with torch.no_grad():
         for row in range(top, lowest, -1):
-            new = [index for index in order[joined:] if state.targets[index].row == row]
-            cotangents = _join(cotangents, [state.targets[index] for index in new])
+            new = [state.targets[i] for i in order[joined:] if state.targets[i].row == row]
             joined += len(new)
-            cotangents = pullback.through(row - 1, cotangents)
+            reads = torch.stack([target.read for target in new]).to(cotangents) if new else None
+            positions = [target.target.position for target in new]
+            cotangents = pullback.through(row - 1, cotangents, reads, positions)
             layer = by_row.get(row - 1)
             if layer is not None:
                 values = layer.values.double() - _baseline(layer, baseline)
@@ -275,18 +276,6 @@ def _entry(layer: ActiveFeatures, position: int, feature: int) -> int:
     return part.start + int((layer.ids[part] == feature).nonzero()[0])
 
 
-def _join(
-    cotangents: Float[Tensor, "target pos d_model"], targets: Sequence[TargetState]
-) -> Float[Tensor, "more pos d_model"]:
-    """Add targets, whose cotangent is their read row at their own position."""
-    if not targets:
-        return cotangents
-    new = cotangents.new_zeros((len(targets), *cotangents.shape[1:]))
-    for place, target in enumerate(targets):
-        new[place, target.target.position] = target.read.to(new)
-    return torch.cat([cotangents, new])
-
-
 def _baseline(layer: ActiveFeatures, baseline: PromptState | None) -> Float[Tensor, " entry"]:
     """Return the value of every entry on the baseline prompt, zero where it is inactive there."""
     found = torch.zeros(len(layer), dtype=torch.float64)
@@ -321,4 +310,4 @@ def _chunk(state: PromptState, n_positions: int) -> int:
     """Return how many cotangents a backward pass holds in about 256 MiB."""
     width = state.model.d_model
     per_target = n_positions * 4 * width * 12  # the MLP's width, three tensors of it, is the peak
-    return max(1, min(256, math.floor(2**28 / per_target)))
+    return max(1, min(256, 2**28 // per_target))

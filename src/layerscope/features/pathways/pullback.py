@@ -1,7 +1,9 @@
 """Gradients of many quantities pulled back through one block at a time.
 
 All cotangents share one forward pass of the block: n of them cost n backward passes over
-activations and nothing else. What is live in that pass is the variant's choice:
+activations and nothing else. A quantity that reads one row right above the block costs less still:
+what its position alone computes (MLP, output projection, norms) is pulled back for that one row,
+and only what attention mixed for all rows. What is live in a pass is the variant's choice:
 
 - ``total``: everything. What happens to the target if the source is nudged.
 - ``frozen``: attention patterns and the scales of norms are held at their values.
@@ -10,6 +12,7 @@ activations and nothing else. What is live in that pass is the variant's choice:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -35,6 +38,7 @@ from layerscope.models.edits import EditFunction
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 _AFFINE = 0.05  # far above rounding in half precision, far below what a norm does
+_SAME = 1e-5  # two ways to compute a block differ by rounding: this, or the root of the dtype's
 
 
 class Pullback:
@@ -65,9 +69,19 @@ class Pullback:
         self.model = state.model
 
     def through(
-        self, block: int, cotangents: Float[Tensor, "target pos d_model"]
-    ) -> Float[Tensor, "target pos d_model"]:
+        self,
+        block: int,
+        cotangents: Float[Tensor, "target pos d_model"],
+        reads: Float[Tensor, "more d_model"] | None = None,
+        positions: Sequence[int] = (),
+    ) -> Float[Tensor, "all_targets pos d_model"]:
         """Return cotangents of row `block`, given those of row ``block + 1``.
+
+        Args:
+            block: the block to cross.
+            cotangents: of row ``block + 1``.
+            reads: further cotangents of that row, each zero but at one position; they come last.
+            positions: of `reads`.
 
         Raises:
             CapabilityError: the target does not depend on the source: something cuts the graph.
@@ -75,17 +89,102 @@ class Pullback:
         with torch.enable_grad():
             below = self.state.residuals[block : block + 1, : self.n_positions]
             below = below.detach().clone().requires_grad_(True)
-            above = self.block(block, below)
+            apart = bool(positions) and self._apart(block)
+            above, mixed = self._pass(block, below, mixed=apart)
             if not above.requires_grad:
                 raise CapabilityError(
                     f"block {block} passes no gradient: the target does not depend on the source "
                     "here; something in the model runs under no_grad or detaches"
                 )
+            alone = None
+            if mixed is not None and mixed.requires_grad and reads is not None:
+                alone = self._alone(block, mixed.detach(), reads, positions)
+            if reads is not None and alone is None:
+                cotangents = torch.cat([cotangents, self._spread(reads, positions)])
             pulled = [
-                _gradients(above, below, part[:, None].to(above.dtype))[:, 0]
+                _gradients(above, below, part[:, None].to(above.dtype))[:, 0].to(cotangents.dtype)
                 for part in cotangents.split(self.chunk)
+                if len(part)
             ]
-        return torch.cat(pulled).to(cotangents.dtype)
+            if alone is not None and mixed is not None:
+                pulled += self._mixed(mixed, below, alone, positions, cotangents.dtype)
+        return torch.cat(pulled) if pulled else cotangents
+
+    def _spread(
+        self, rows: Float[Tensor, "target ..."], positions: Sequence[int]
+    ) -> Float[Tensor, "target pos ..."]:
+        """Return zeros with each row at its position."""
+        found = rows.new_zeros((len(rows), self.n_positions, *rows.shape[1:]))
+        found[torch.arange(len(rows)), list(positions)] = rows
+        return found
+
+    def _apart(self, block: int) -> bool:
+        """Whether a block can be run on single rows, what attention mixes for them being given."""
+        mixed, backend = Site("attn.z", block), self.model.backend
+        known = backend.why_not(mixed) is None and backend.why_not_edit(mixed) is None
+        return self.variant == "total" and known
+
+    def _alone(
+        self,
+        block: int,
+        mixed: Float[Tensor, "1 pos head d_head"],
+        reads: Float[Tensor, "target d_model"],
+        positions: Sequence[int],
+    ) -> tuple[Float[Tensor, "target d_model"], Float[Tensor, "target head d_head"]] | None:
+        """Return gradients of the row below and of what attention mixed for it, a row per target.
+
+        The rows are packed into batches of the prompt's length, where they see nothing of each
+        other; None where they do, which shows in values that are not those of the prompt.
+        """
+        residuals, found = self.state.residuals, list[tuple[Tensor, Tensor]]()
+        for first in range(0, len(reads), self.chunk * self.n_positions):
+            read = reads[first : first + self.chunk * self.n_positions]
+            at = torch.tensor(list(positions[first : first + len(read)]))
+            # Batches as long as the prompt at most; the last row fills up where some lack one.
+            n_batches = -(-len(at) // self.n_positions)
+            filled = torch.arange(n_batches * -(-len(at) // n_batches)).clamp_max(len(at) - 1)
+            where = at[filled].view(n_batches, -1)
+            below = residuals[block][where].detach().requires_grad_(True)
+            given = mixed[0][where].detach().requires_grad_(True)
+            ids = self.batch.ids[0][where]
+            batch = TokenBatch(
+                ids, torch.ones_like(ids, dtype=torch.bool), (ids.shape[1],) * n_batches
+            )
+            site = f"resid_post.{block}"
+            result = self.model.run(
+                batch,
+                start=Start(block, below),
+                stop_after=block,
+                capture=site,
+                edits=[Replace(Site("attn.z", block), given)],
+                logits=None,
+                gradients=True,
+            )
+            above = result[site].flatten(0, 1)[: len(at)]
+            if not _same(above, residuals[block + 1][at], residuals[block][at]):
+                return None
+            own, others = torch.autograd.grad(above, (below, given), read.to(above.dtype))
+            found.append((own.flatten(0, 1)[: len(at)], others.flatten(0, 1)[: len(at)]))
+        return torch.cat([own for own, _ in found]), torch.cat([others for _, others in found])
+
+    def _mixed(
+        self,
+        mixed: Tensor,
+        below: Tensor,
+        alone: tuple[Tensor, Tensor],
+        positions: Sequence[int],
+        dtype: torch.dtype,
+    ) -> list[Float[Tensor, "target pos d_model"]]:
+        """Pull what attention mixed for one row back to all rows, and add that row's own part."""
+        found: list[Tensor] = []
+        for first in range(0, len(positions), self.chunk):
+            part = slice(first, first + self.chunk)
+            at = list(positions[part])
+            rows = self._spread(alone[1][part], at)
+            pulled = _gradients(mixed, below, rows[:, None])[:, 0].to(dtype)
+            pulled[torch.arange(len(at)), at] += alone[0][part].to(dtype)
+            found.append(pulled)
+        return found
 
     def mlp_outputs(self, block: int) -> Float[Tensor, "pos d_model"]:
         """Return what a block's MLP writes, the constants of the linear variant."""
@@ -109,17 +208,23 @@ class Pullback:
         self, block: int, below: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, "1 pos d_model"]:
         """Return the residual after a block from the one before it, as the variant has it."""
-        site = f"resid_post.{block}"
+        return self._pass(block, below)[0]
+
+    def _pass(
+        self, block: int, below: Tensor, *, mixed: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residual after a block, and what its attention mixed where that is wanted."""
+        site, inner = f"resid_post.{block}", f"attn.{block}.z"
         result = self.model.run(
             self.batch,
             start=Start(block, below),
             stop_after=block,
-            capture=site,
+            capture=[site, inner] if mixed else site,
             edits=[] if self.variant == "total" else self._frozen(block, below),
             logits=None,
             gradients=True,
         )
-        return result[site]
+        return result[site], result[inner] if mixed else None
 
     def _frozen(self, block: int, below: Tensor) -> list[Edit]:
         """Return edits that hold patterns and norms of one block at their values."""
@@ -234,6 +339,17 @@ def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
     bias = norm.bias.to(values.device, values.dtype)
     scale = norm.scale.to(values.device, values.dtype)
     return centred * gain * scale[:, None] + bias
+
+
+def _same(
+    found: Float[Tensor, "row d_model"],
+    expected: Float[Tensor, "row d_model"],
+    before: Float[Tensor, "row d_model"],
+) -> bool:
+    """Whether rows are what a block made of `before`, up to rounding of what it wrote."""
+    written = (expected - before).float().abs().mean()
+    bound = max(_SAME, torch.finfo(found.dtype).eps ** 0.5)
+    return bool((found.detach() - expected).float().abs().mean() <= bound * written)
 
 
 def _remember(into: dict[str, Tensor]) -> EditFunction:
