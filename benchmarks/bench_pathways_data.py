@@ -178,8 +178,9 @@ def association(report: Report, n_tokens: int) -> None:
     report.claim("seconds for 1,550 features over a million tokens", seconds, 60.0)
     significant = table.filter(table["q"] < 0.05).height
     report.remarks.append(
-        f"{len(place):,} active entries, {table.height:,} pairs tested by shuffles, up to "
-        f"{table['permutations'].max()} of them; {significant} with q < 0.05"
+        f"{len(place):,} active entries, {table.height:,} pairs, up to "
+        f"{table['permutations'].max()} shuffles of the promising ones; {significant} with "
+        "q < 0.05"
     )
 
 
