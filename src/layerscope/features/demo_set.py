@@ -55,6 +55,8 @@ of SAELens: from what the MLP reads, behind its norm, to what it writes.
 `layerscope.demo.transcoders_path()` is their folder. Made for attribution graphs without a
 download, and few features, so that they fit into the package.
 """
+_ABOVE = """ More than 100% is a loss below the model's own: on this text, a little of what an MLP
+writes and its transcoder does not explain hurts."""
 _CARD = """{what}
 `python -m layerscope.features.demo_set{flag} --out DIR`
 made them in {minutes} minutes on a share of one CPU core: BatchTopK with k = {k}, {steps:,} steps
@@ -69,7 +71,7 @@ On {rows:,} tokens of held-out text. The first token of every text (BOS) is left
 and here: what a dictionary says of a BOS means nothing. FVU: share of variance not explained. Dead:
 active nowhere on the held-out text. Loss in nats per token with {replaced} replaced by
 the reconstruction at all tokens but the first; recovered: of the way from zero ablation back to the
-model's own loss.
+model's own loss.{note}
 
 | Site | FVU | L0 | Dead | Loss | Model's own | Recovered | FVU, slot machine | L0, slot machine |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -176,6 +178,7 @@ def document(
     text = _CARD.format(
         what=what.format(d_model=model.d_model, features=options.features(model.d_model)),
         flag=" --transcoders" if options.transcoder else "",
+        note=_ABOVE if options.transcoder else "",
         replaced="the MLP's output" if options.transcoder else "the site",
         minutes=round(minutes, 1),
         k=options.k,
