@@ -24,6 +24,7 @@ BENCHMARKS = (
     "generate",
     "fit",
     "pathways",
+    "patching",
     "battery",
 )
 

@@ -3,11 +3,11 @@
     python -m benchmarks install transformer-lens patching
     python -m benchmarks.bench_patching JOB...     only some jobs; the others' rows are kept
 
-Jobs: resid-llama-16, resid-llama-64, resid-gpt2-16, resid-gpt2-64, heads, rome, memory. Every
-contender's numbers are compared with those of single forwards before its times are believed.
-
-What costs the same for every cell (or layer) and would take minutes is timed on a sample of them
-and multiplied: rows say so. Two prompts whose tokens all differ: no cell is idle.
+Every contender runs in a process of its own, and they take turns, round after round. Hooks on the
+plain Hugging Face model and TransformerLens have torch's and the allocator's defaults. Where each
+cell (or layer) costs them the same and all would take minutes, a sample of them is timed and
+multiplied: rows say so. All numbers are compared with those of single forwards. The two prompts
+differ in every token: no cell is idle.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import (
     RESULTS,
+    SETTLE_S,
     Report,
     Timing,
     interleave,
@@ -31,35 +33,13 @@ from benchmarks.harness import (
     set_threads,
 )
 from benchmarks.models import gpt2_12x768, llama_12x768
+from benchmarks.peers.environments import Process
 
 MODELS: dict[str, Callable[[], Path]] = {"llama": llama_12x768, "gpt2": gpt2_12x768}
-JOBS = ("resid-llama-16", "resid-llama-64", "resid-gpt2-16", "resid-gpt2-64", "heads", "rome")
 ANSWER, FOIL = 7, 11
 ONE, BATCHED = "one forward per cell", "positions batched per layer"
 PEER, OURS, CHECKED = "TransformerLens", "layerscope", "layerscope, checked products"
-
-
-def main(jobs: Sequence[str] = (*JOBS, "memory")) -> Report:
-    set_threads()
-    report = Report("patching")
-    path = RESULTS / "patching.json"
-    if path.exists() and set(jobs) != {*JOBS, "memory"}:
-        kept = json.loads(path.read_text())
-        report.rows = [row for row in kept["rows"] if row["part"] not in jobs]
-        report.claims = [claim for claim in kept["claims"] if claim["part"] not in jobs]
-        report.remarks = kept.get("remarks", [])
-    for job in jobs:
-        before = len(report.rows), len(report.claims)
-        if job.startswith("resid"):
-            _, name, tokens = job.split("-")
-            _resid(report, name, int(tokens))
-        else:
-            {"heads": _heads, "rome": _rome, "memory": _memory}[job](report)
-        for row in report.rows[before[0] :]:
-            row["part"] = job
-        for claim in report.claims[before[1] :]:
-            claim["part"] = job
-    return report
+ROME = "one forward per cell, ten noisy rows together"
 
 
 def _load(name: str) -> Any:
@@ -75,135 +55,221 @@ def _prompts(tokens: int) -> Any:
     return torch.randperm(30_000, generator=generator)[: 2 * tokens].view(2, tokens) + 20
 
 
-def _difference(logits: Any) -> Any:
-    return logits[..., ANSWER] - logits[..., FOIL]
+@dataclass(frozen=True)
+class Turn:
+    """What one contender gave in one round; seconds stand for all cells."""
+
+    seconds: float
+    values: list[float]
 
 
-def _blocks(model: Any) -> Any:
-    hf = model.backend.model
-    return hf.model.layers if hasattr(hf, "model") else hf.transformer.h
+@dataclass
+class Race:
+    """Contenders of one job: `often` take part in every round, `seldom` in the first few."""
+
+    often: dict[str, Callable[[], Turn]]
+    seldom: dict[str, Callable[[], Turn]] = field(default_factory=dict[str, Callable[[], Turn]])
+
+    def run(self, rounds: int, few: int) -> tuple[dict[str, Timing], dict[str, list[float]]]:
+        """Return timings and the values of the last turn."""
+        seconds: dict[str, list[float]] = {}
+        values: dict[str, list[float]] = {}
+        for turn in range(rounds):
+            labels = [*self.often, *(self.seldom if turn < few else ())]
+            shift = turn % len(labels)
+            for label in labels[shift:] + labels[:shift]:
+                time.sleep(SETTLE_S)
+                done = (self.often | self.seldom)[label]()
+                seconds.setdefault(label, []).append(done.seconds)
+                values[label] = done.values
+        return {label: Timing(tuple(own)) for label, own in seconds.items()}, values
 
 
-def _residuals(model: Any, ids: Any) -> Any:
-    return [
-        value[0]
-        for value in model.run(ids, capture="resid_pre.*", logits=None).activations.values()
-    ]
+def _ask(process: Process, scale: float, **request: Any) -> Turn:
+    answer = process.ask(json.dumps({"answer": ANSWER, "foil": FOIL, **request}))
+    return Turn(answer["seconds"] * scale, answer["values"])
 
 
-def _resid(report: Report, name: str, tokens: int) -> None:
-    """Layer x position at resid_pre, clean into corrupt, logit difference."""
-    import torch
+def _timed(work: Callable[[], list[float]]) -> Turn:
+    start = time.perf_counter()
+    values = work()
+    return Turn(time.perf_counter() - start, values)
 
-    model = _load(name)
-    clean, corrupt = _prompts(tokens)[:, None]
-    n_layers, long = model.n_layers, tokens > 16
-    every, layers_timed = (24, 2) if long else (3, n_layers)
-    cells = [(layer, at) for layer in range(n_layers) for at in range(tokens)]
-    hf = model.backend.model
-    found: dict[str, Any] = {}
 
-    def hooked(layer: int, put: Callable[[Any], None], ids: Any, **options: Any) -> Any:
-        def hook(_module: Any, args: Any, kwargs: Any) -> Any:
-            value = (args[0] if args else kwargs["hidden_states"]).clone()
-            put(value)
-            if args:
-                return (value, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": value}
+@dataclass
+class Bench:
+    """The processes of one model, and the report."""
 
-        handle = _blocks(model)[layer].register_forward_pre_hook(hook, with_kwargs=True)
+    report: Report
+    name: str
+
+    def __post_init__(self) -> None:
+        folder = str(MODELS[self.name]())
+        self.model = _load(self.name)
+        self.hooks = Process("huggingface", ["-m", "benchmarks.peers.patching_hooks", folder])
+        self.peer: Process | None = None
         try:
-            with torch.no_grad():
-                return _difference(hf(input_ids=ids, use_cache=False, **options).logits[:, -1])
-        finally:
-            handle.remove()
+            arguments = ["-m", "benchmarks.peers.patching_worker", folder]
+            self.peer = Process("transformer-lens", arguments)
+        except FileNotFoundError:
+            self.report.remarks.append("transformer-lens is not installed")
+        for process in (self.hooks, self.peer):
+            if process is not None:
+                process.wait()
 
-    def single(cell: tuple[int, int], donor: Any) -> Any:
-        layer, at = cell
+    def stop(self) -> None:
+        for process in (self.hooks, self.peer):
+            if process is not None:
+                process.stop()
 
-        def put(value: Any) -> None:
-            value[0, at] = donor[layer][at]
+    def residuals(self, tokens: int) -> None:
+        """Layer x position at resid_pre, clean into corrupt, logit difference."""
+        clean, corrupt = _prompts(tokens).tolist()
+        prompts = {"clean": clean, "corrupt": corrupt}
+        n_layers, long = self.model.n_layers, tokens > 16
+        cells = [(layer, at) for layer in range(n_layers) for at in range(tokens)]
+        every, peer_every = (32, 32) if long else (8, 4)
+        layers = [0, n_layers - 1] if long else list(range(n_layers))
+        ask = partial(_ask, self.hooks)
+        often: dict[str, Callable[[], Turn]] = {
+            BATCHED: partial(ask, n_layers / len(layers), do="batched", layers=layers, **prompts),
+            OURS: lambda: _timed(lambda: _sweep(self.model, clean, corrupt, "default")),
+            CHECKED: lambda: _timed(lambda: _sweep(self.model, clean, corrupt, "checked")),
+        }
+        sample = cells[::every]
+        seldom: dict[str, Callable[[], Turn]] = {
+            ONE: partial(ask, len(cells) / len(sample), do="cells", cells=sample, **prompts)
+        }
+        if self.peer is not None:
+            seldom[PEER] = partial(_ask, self.peer, 1.0, every=peer_every, **prompts)
+            _ask(self.peer, 1.0, every=len(cells) // 4, **prompts)  # warms up
+        if not long:
+            often[OURS](), often[BATCHED]()
+        timings, values = Race(often, seldom).run(rounds=2 if long else 5, few=2 if long else 3)
+        exact = dict(zip(sample, values[ONE], strict=True))
+        places = {
+            OURS: cells,
+            CHECKED: cells,
+            ONE: sample,
+            PEER: cells[::peer_every],
+            BATCHED: [cell for cell in cells if cell[0] in layers],
+        }
+        shares = {ONE: every, PEER: peer_every, BATCHED: n_layers // len(layers)}
+        job = f"{len(cells)} cells, {self.name}, T={tokens}"
+        errors = {
+            label: _error(dict(zip(places[label], own, strict=True)), exact)
+            for label, own in values.items()
+        }
+        self._rows(job, timings, errors, shares)
+        self.report.claim(f"largest difference to single forwards, {job}", errors[OURS], 1e-4)
+        self._faster("positions batched per layer", job, timings, BATCHED, 3.0)
+        if PEER in timings:
+            self._faster("TransformerLens", job, timings, PEER, 10.0)
+        gain = paired_ratio(timings, OURS, CHECKED)
+        self.report.claim(f"checked over default products, {job}", gain, 1.5, at_most=False)
 
-        return hooked(layer, put, corrupt)
-
-    def one() -> None:
-        donor = _residuals(model, clean)
-        found[ONE] = torch.cat([single(cell, donor) for cell in cells[::every]])
-
-    def batched() -> None:
-        donor = _residuals(model, clean)
-        values = []
-        for layer in range(layers_timed):
-
-            def put(value: Any, layer: int = layer) -> None:
-                places = torch.arange(tokens)
-                value[places, places] = donor[layer]
-
-            ids = corrupt.expand(tokens, -1)
-            values.append(hooked(layer, put, ids, logits_to_keep=1))
-        found[BATCHED] = torch.cat(values)
-
-    def ours(products: str, label: str) -> None:
-        found[label] = _ours(model, clean, corrupt, products)
-
-    contenders = {
-        ONE: one,
-        BATCHED: batched,
-        OURS: partial(ours, "default", OURS),
-        CHECKED: partial(ours, "checked", CHECKED),
-    }
-    first = {label: contenders.pop(label) for label in (ONE,)}
-    timings = interleave(first, rounds=1 if long else 2, warmup=0 if long else 1)
-    timings |= interleave(contenders, rounds=2 if long else 5, warmup=0 if long else 1)
-    timings = {
-        ONE: _times(timings[ONE], every),
-        BATCHED: _times(timings[BATCHED], n_layers / layers_timed),
-        OURS: timings[OURS],
-        CHECKED: timings[CHECKED],
-    }
-    peer = _peer(name, clean, corrupt, every)
-    if peer is not None:
-        found[PEER], timings[PEER] = peer
-    _settle(report, f"{len(cells)} cells, {name}, T={tokens}", found, timings, every)
-
-
-def _settle(
-    report: Report,
-    job: str,
-    found: dict[str, Any],
-    timings: dict[str, Timing],
-    every: int,
-) -> None:
-    """Compare every contender's numbers with those of single forwards, and its times."""
-    exact = found[ONE]
-    batched = found[BATCHED][::every]
-    errors = {
-        ONE: 0.0,
-        BATCHED: _error(batched, exact[: len(batched)]),
-        OURS: _error(found[OURS][::every], exact),
-        CHECKED: _error(found[CHECKED][::every], exact),
-    }
-    if PEER in found:
-        errors[PEER] = _error(found[PEER], exact)
-    sampled = {ONE: every, PEER: every, BATCHED: len(found[OURS]) // len(found[BATCHED])}
-    for label, timing in timings.items():
-        share = sampled.get(label, 1)
-        report.add(
-            job,
-            {label: timing},
-            ratio=timing.median / timings[ONE].median,
-            error=errors[label],
-            sampled=f"one in {share}" if share > 1 else "all",
+    def heads(self, tokens: int) -> None:
+        """Every head's z at the last position, one at a time."""
+        model = self.model
+        clean, corrupt = _prompts(tokens).tolist()
+        nodes = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
+        every = 6 if tokens <= 16 else 12
+        request = {"clean": clean, "corrupt": corrupt, "n_heads": model.n_heads}
+        request["cells"] = nodes[::every]
+        race = Race(
+            {
+                ONE: partial(_ask, self.hooks, every, do="heads", **request),
+                OURS: lambda: _timed(lambda: _heads(model, clean, corrupt, nodes)),
+            }
         )
-    report.claim(f"largest difference to single forwards, {job}", errors[OURS], 1e-4)
-    ratio = paired_ratio(timings, BATCHED, OURS)
-    report.claim(f"faster than positions batched per layer, {job}", ratio, 3.0, at_most=False)
-    if PEER in found:
-        ratio = timings[PEER].median / timings[OURS].median
-        report.claim(f"faster than TransformerLens, {job}", ratio, 10.0, at_most=False)
+        race.run(rounds=1, few=1)
+        timings, values = race.run(rounds=3, few=3)
+        found, exact = (
+            dict(zip(cells, values[label], strict=True))
+            for cells, label in ((nodes, OURS), (nodes[::every], ONE))
+        )
+        job = f"{len(nodes)} heads at the last position, {self.name}, T={tokens}"
+        error = _error(found, exact)
+        self._rows(job, timings, {ONE: 0.0, OURS: error}, {ONE: every})
+        self.report.claim(f"largest difference to single forwards, {job}", error, 1e-4)
+        self._faster("one forward per head", job, timings, ONE, 20.0)
+
+    def rome(self, tokens: int = 16, seeds: int = 10) -> None:
+        """All three grids of causal tracing, ten noisy rows; only the prompt's end is idle."""
+        from layerscope.interventions.patching.tracing import Subject, trace, trace_cells
+
+        subject = Subject(tuple(_prompts(tokens)[0].tolist()), (2, 3, 4), ANSWER)
+        grid = [
+            cell
+            for restore in ("state", "mlp", "attn")
+            for cell in trace_cells(self.model, tokens, restore)
+        ]
+        every = 31  # no multiple of the layers: a sample of all kinds, layers and positions
+        sample = grid[::every]
+        scale = len(grid) / len(sample)
+        request = {"clean": list(subject.ids), "subject": list(subject.positions)}
+        request |= {"noise": 0.1, "seeds": seeds}
+
+        def rows(count: int) -> list[Any]:
+            return [
+                (cell.restore, cell.layers, cell.position, begin)
+                for cell in sample
+                for begin in range(0, seeds, count)
+            ]
+
+        def ours() -> list[float]:
+            return (
+                trace(self.model, subject, grid, noise=0.1, seeds=seeds).restored.flatten().tolist()
+            )
+
+        ask = partial(_ask, self.hooks, scale, do="trace", **request)
+        race = Race(
+            {
+                ROME: partial(ask, cells=rows(seeds), rows=seeds),
+                OURS: lambda: _timed(ours),
+            },
+            {ONE: partial(ask, cells=rows(1), rows=1)},
+        )
+        timings, values = race.run(rounds=2, few=2)
+        exact = _pairs(sample, values[ONE], seeds)
+        errors = {
+            OURS: _error(_pairs(grid, values[OURS], seeds), exact),
+            ROME: _error(_pairs(sample, values[ROME], seeds), exact),
+            ONE: 0.0,
+        }
+        job = f"{len(grid)} cells x {seeds} noises of causal tracing, {self.name}, T={tokens}"
+        self._rows(job, timings, errors, {ONE: every, ROME: every})
+        self.report.claim(f"largest difference to single forwards, {job}", errors[OURS], 1e-6)
+        self._faster("one forward per cell and noise", job, timings, ONE, 10.0)
+
+    def _rows(
+        self,
+        job: str,
+        timings: Mapping[str, Timing],
+        errors: Mapping[str, float],
+        shares: Mapping[str, int],
+    ) -> None:
+        for label, timing in timings.items():
+            share = shares.get(label, 1)
+            self.report.add(
+                job,
+                {label: timing},
+                ratio=timing.median / timings[ONE].median,
+                error=errors[label],
+                timed=f"one in {share}, multiplied" if share > 1 else "all",
+            )
+
+    def _faster(
+        self, than: str, job: str, timings: Mapping[str, Timing], label: str, bound: float
+    ) -> None:
+        """Claim a ratio: the median over the rounds in which both took part."""
+        count = min(len(timings[label].seconds), len(timings[OURS].seconds))
+        both = {key: Timing(timings[key].seconds[:count]) for key in (label, OURS)}
+        ratio = paired_ratio(both, label, OURS)
+        self.report.claim(f"faster than {than}, {job}", ratio, bound, at_most=False)
 
 
-def _ours(model: Any, clean: Any, corrupt: Any, products: str) -> Any:
+def _sweep(model: Any, clean: list[int], corrupt: list[int], products: str) -> list[float]:
     from layerscope.interventions.patching import (
         Place,
         PromptPair,
@@ -213,75 +279,22 @@ def _ours(model: Any, clean: Any, corrupt: Any, products: str) -> Any:
         sweep,
     )
 
-    ids = [tuple(row[0].tolist()) for row in (clean, corrupt)]
     pair = TokenPair(
         PromptPair(key="random", clean="", corrupt=""),
-        ids[0],
-        ids[1],
+        tuple(clean),
+        tuple(corrupt),
         Targets((ANSWER,), (FOIL,)),
-        ("",) * len(ids[0]),
-        tuple(Place(str(at), at, at) for at in range(len(ids[0]))),
+        ("",) * len(clean),
+        tuple(Place(str(at), at, at) for at in range(len(clean))),
         0,
     )
     nodes = nodes_of(model, pair, "resid_pre")
-    return sweep(model, pair, nodes, ["logit_diff"], products=products).cells[:, 0]
+    return sweep(model, pair, nodes, ["logit_diff"], products=products).cells[:, 0].tolist()
 
 
-def _peer(name: str, clean: Any, corrupt: Any, every: int) -> tuple[Any, Timing] | None:
-    import torch
-
-    from benchmarks.peers.environments import ROOT, python_of
-
-    python = python_of("transformer-lens")
-    if python is None:
-        return None
-    tokens = clean.shape[1]
-    command = [str(python), "-m", "benchmarks.peers.patching_worker", str(MODELS[name]())]
-    request = {
-        "clean": clean[0].tolist(),
-        "corrupt": corrupt[0].tolist(),
-        "answer": ANSWER,
-        "foil": FOIL,
-        "every": every,
-    }
-    rounds = 1 if tokens > 16 else 2
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        _said(process.stdout)
-        answers = []
-        for _ in range(rounds):
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            answers.append(_said(process.stdout))
-        process.stdin.close()
-    seconds = tuple(answer["seconds"] for answer in answers)
-    return torch.tensor(answers[-1]["values"], dtype=torch.float64), Timing(seconds)
-
-
-def _said(stream: Any) -> Any:
-    """Return the next line of JSON, past whatever else the peer prints."""
-    for line in stream:
-        if line.startswith("{"):
-            return json.loads(line)
-    raise RuntimeError("the peer ended without an answer")
-
-
-def _heads(report: Report) -> None:
-    """Every head's z at the last position, one at a time."""
-    for name, tokens in (("llama", 16), ("llama", 64), ("gpt2", 16)):
-        _heads_of(report, name, tokens)
-
-
-def _heads_of(report: Report, name: str, tokens: int) -> None:
-    import torch
-
+def _heads(
+    model: Any, clean: list[int], corrupt: list[int], nodes: list[tuple[int, int]]
+) -> list[float]:
     from layerscope.interventions.patching import (
         Cell,
         Patch,
@@ -292,117 +305,49 @@ def _heads_of(report: Report, name: str, tokens: int) -> None:
         record,
         run_cells,
     )
-
-    model = _load(name)
-    prompts = _prompts(tokens)
-    hf, n_heads = model.backend.model, model.n_heads
-    width = model.d_model // n_heads
-    nodes = [(layer, head) for layer in range(model.n_layers) for head in range(n_heads)]
-    every = 3 if tokens == 16 else 12
-    found: dict[str, Any] = {}
-
-    def out(layer: int) -> Any:
-        block = _blocks(model)[layer]
-        return block.self_attn.o_proj if hasattr(block, "self_attn") else block.attn.c_proj
-
-    def single(layer: int, head: int, value: Any) -> Any:
-        def hook(_module: Any, args: Any) -> Any:
-            changed = args[0].clone()
-            changed[0, -1, head * width : (head + 1) * width] = value
-            return (changed,)
-
-        handle = out(layer).register_forward_pre_hook(hook)
-        with torch.no_grad():
-            logits = hf(input_ids=prompts[1:], use_cache=False).logits
-        handle.remove()
-        return _difference(logits[:, -1])
-
-    def naive() -> None:
-        donor = model.run(prompts[:1], capture="attn.*.z", logits=None)
-        found[ONE] = torch.cat(
-            [single(at, head, donor[f"attn.{at}.z"][0, -1, head]) for at, head in nodes[::every]]
-        )
-
-    def ours() -> None:
-        runs = record(model, batch_of(prompts.tolist()), capture="attn.*.z")
-        reader = Reader(model, (metric_of("logit_diff"),), (Targets((ANSWER,), (FOIL,)),) * 2)
-        last = tokens - 1
-        cells = []
-        for layer, head in nodes:
-            site = _site("attn.z", layer)
-            value = runs.value(site)[0, last:, head]
-            cells.append(Cell((Patch(site, (last,), value, head),), 1))
-        found[OURS] = run_cells(runs, cells, reader)[:, 0]
-
-    timings = interleave({ONE: naive, OURS: ours}, rounds=2)
-    timings[ONE] = _times(timings[ONE], every)
-    error = _error(found[OURS][::every], found[ONE])
-    job = f"{len(nodes)} heads at the last position, {name}, T={tokens}"
-    report.add(job, timings, error=error, sampled=f"one in {every}" if every > 1 else "all")
-    report.claim(f"largest difference to single forwards, {job}", error, 1e-4)
-    ratio = timings[ONE].median / timings[OURS].median
-    report.claim(f"faster than one forward per head, {job}", ratio, 20.0, at_most=False)
-
-
-def _rome(report: Report) -> None:
-    """All three grids of causal tracing, ten noisy rows."""
-    import torch
-
-    from layerscope.interventions.patching.tracing import (
-        RESTORED,
-        Subject,
-        record_noisy,
-        trace,
-        trace_cells,
-    )
-    from layerscope.models import Add, Replace
-
-    model, tokens, every = _load("llama"), 16, 24
-    subject = Subject(tuple(_prompts(tokens)[0].tolist()), (2, 3, 4), ANSWER)
-    grid = [
-        cell for restore in ("state", "mlp", "attn") for cell in trace_cells(model, tokens, restore)
-    ]
-    chosen = grid[::every]
-    found: dict[str, Any] = {}
-
-    def naive() -> None:
-        clean, noisy = record_noisy(model, subject, chosen, noise=0.1)
-        ids = torch.tensor([subject.ids] * 11)
-        (noise,) = noisy.edits
-        add = Add("embed", noise.value, rows=range(1, 11), positions=noise.positions)
-        values = []
-        for cell in chosen:
-            kind = RESTORED[cell.restore]
-            edits = [
-                Replace(
-                    f"{kind}.{layer}",
-                    value=clean.value(_site(kind, layer))[0, cell.position],
-                    rows=range(1, 11),
-                    positions=cell.position,
-                )
-                for layer in cell.layers
-            ]
-            logits = model.run(ids, edits=[add, *edits], logits="last").logits[1:, -1]
-            values.append(logits.double().softmax(-1)[:, ANSWER])
-        found[ONE] = torch.stack(values)
-
-    def ours() -> None:
-        found[OURS] = trace(model, subject, grid, noise=0.1).restored
-
-    timings = interleave({ONE: naive, OURS: ours}, rounds=2, warmup=0)
-    timings[ONE] = _times(timings[ONE], len(grid) / len(chosen))
-    error = _error(found[OURS][::every], found[ONE])
-    job = f"{len(grid)} cells of causal tracing, llama, T={tokens}"
-    report.add(job, timings, error=error, sampled=f"one in {every}")
-    report.claim(f"largest difference to single passes, {job}", error, 1e-6)
-    ratio = timings[ONE].median / timings[OURS].median
-    report.claim(f"faster than one pass of 11 rows per cell, {job}", ratio, 10.0, at_most=False)
-
-
-def _site(kind: str, layer: int) -> Any:
     from layerscope.models import Site
 
-    return Site(kind, layer)
+    runs = record(model, batch_of([clean, corrupt]), capture="attn.*.z")
+    reader = Reader(model, (metric_of("logit_diff"),), (Targets((ANSWER,), (FOIL,)),) * 2)
+    last = len(clean) - 1
+    sites = [Site("attn.z", layer) for layer in range(model.n_layers)]
+    cells = [
+        Cell((Patch(sites[at], (last,), runs.value(sites[at])[0, last:, head], head),), 1)
+        for at, head in nodes
+    ]
+    return run_cells(runs, cells, reader)[:, 0].tolist()
+
+
+def _pairs(cells: list[Any], values: list[float], seeds: int) -> dict[Any, float]:
+    keys = [(cell, seed) for cell in cells for seed in range(seeds)]
+    return dict(zip(keys, values, strict=True))
+
+
+def _error(values: Mapping[Any, float], exact: Mapping[Any, float]) -> float:
+    """Return the largest difference where both have a value."""
+    return max(abs(values[key] - exact[key]) for key in exact if key in values)
+
+
+def _product(report: Report) -> None:
+    """One matrix product alone: what checked products can gain at most."""
+    import torch
+
+    from layerscope.products import choose, products
+
+    left, right = torch.randn(1024, 768), torch.randn(3072, 768)
+
+    def multiply(requested: Any) -> None:
+        with products(requested):
+            for _ in range(10):
+                torch.nn.functional.linear(left, right)
+
+    choice = choose("checked")
+    found = {
+        "default": partial(multiply, "default"),
+        "checked": partial(multiply, choice),
+    }
+    timings = interleave(found, rounds=15)
+    report.add("10 products, 1024 x 768 x 3072", timings, why=choice.reason)
 
 
 def _memory(report: Report) -> None:
@@ -412,17 +357,17 @@ def _memory(report: Report) -> None:
         command = [sys.executable, "-m", "benchmarks.bench_patching", "--peak", what]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[what] = int(done.stdout.split()[-1])
+    ratio = peaks["sweep"] / peaks["forward"]
     report.rows.append(
         {
             "job": "peak memory, 768 cells, llama, T=64",
             "contender": OURS,
             **Timing((0.0,)).to_dict(),
-            "ratio": peaks["sweep"] / peaks["forward"],
+            "ratio": ratio,
             "forward_bytes": peaks["forward"],
             "sweep_bytes": peaks["sweep"],
         }
     )
-    ratio = peaks["sweep"] / peaks["forward"]
     report.claim("peak memory over one batched forward and its cache", ratio, 1.5)
 
 
@@ -432,24 +377,66 @@ def _peak(what: str) -> None:
 
     set_threads()
     model = _load("llama")
-    clean, corrupt = _prompts(64)[:, None]
+    clean, corrupt = _prompts(64)
     with torch.no_grad():
-        model.backend.model(input_ids=corrupt, use_cache=False)
+        model.backend.model(input_ids=corrupt[None], use_cache=False)
     before = peak_rss_bytes()
     if what == "forward":  # what positions batched per layer hold at once
+        ids = corrupt.expand(64, -1)
         with torch.no_grad():
-            model.backend.model(input_ids=corrupt.expand(64, -1), use_cache=True, logits_to_keep=1)
+            model.backend.model(input_ids=ids, use_cache=True, logits_to_keep=1)
     else:
-        _ours(model, clean, corrupt, "default")
+        _sweep(model, clean.tolist(), corrupt.tolist(), "default")
     print(peak_rss_bytes() - before)  # the last word of this process
 
 
-def _times(timing: Timing, factor: float) -> Timing:
-    return Timing(tuple(seconds * factor for seconds in timing.seconds))
+# By model, what runs on it; the first part of a job's name is the model, the rest its work.
+WORK: dict[str, dict[str, Callable[[Bench], None]]] = {
+    name: {
+        f"{name}-16": partial(Bench.residuals, tokens=16),
+        f"{name}-64": partial(Bench.residuals, tokens=64),
+        f"{name}-heads-16": partial(Bench.heads, tokens=16),
+        f"{name}-heads-64": partial(Bench.heads, tokens=64),
+    }
+    for name in MODELS
+}
+WORK["llama"]["llama-rome"] = Bench.rome
+ALONE: dict[str, Callable[[Report], None]] = {"product": _product, "memory": _memory}
+JOBS = (*(job for jobs in WORK.values() for job in jobs), *ALONE)
 
 
-def _error(values: Any, exact: Any) -> float:
-    return float((values.double().cpu() - exact.double().cpu()).abs().max())
+def main(jobs: tuple[str, ...] = JOBS) -> Report:
+    set_threads()
+    report = Report("patching")
+    path = RESULTS / "patching.json"
+    if path.exists() and set(jobs) != set(JOBS):
+        kept = json.loads(path.read_text())
+        report.rows = [row for row in kept["rows"] if row["part"] not in jobs]
+        report.claims = [claim for claim in kept["claims"] if claim["part"] not in jobs]
+    for name, work in WORK.items():
+        chosen = [job for job in work if job in jobs]
+        if not chosen:
+            continue
+        bench = Bench(report, name)
+        try:
+            for job in chosen:
+                _part(report, job, partial(work[job], bench))
+        finally:
+            bench.stop()
+    for job, do in ALONE.items():
+        if job in jobs:
+            _part(report, job, partial(do, report))
+    return report
+
+
+def _part(report: Report, job: str, do: Callable[[], None]) -> None:
+    """Run one job and mark its rows, so that it can be run again by itself."""
+    rows, claims = len(report.rows), len(report.claims)
+    begin = time.perf_counter()
+    do()
+    print(f"{job}: {time.perf_counter() - begin:.0f} s", flush=True)
+    for entry in (*report.rows[rows:], *report.claims[claims:]):
+        entry["part"] = job
 
 
 if __name__ == "__main__":
@@ -457,7 +444,6 @@ if __name__ == "__main__":
     if arguments[:1] == ["--peak"]:
         _peak(arguments[1])
     else:
-        begin = time.perf_counter()
-        finished = main(tuple(arguments) or (*JOBS, "memory"))
+        finished = main(tuple(arguments) or JOBS)
         finished.show()
-        print(f"written to {finished.save()} after {time.perf_counter() - begin:.0f} s")
+        print(f"written to {finished.save()}")
