@@ -101,10 +101,12 @@ class Disk:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[bytes, str]] = {}
         self.life: int | None = None
+        self.found = 0
 
     def get_unit(self, key: str) -> tuple[pl.DataFrame, dict[str, Any]] | None:
         if key not in self.kept:
             return None
+        self.found += 1
         rows, payload = self.kept[key]
         return pl.read_parquet(io.BytesIO(rows)), json.loads(payload)
 
@@ -130,6 +132,7 @@ def test_killed_and_resumed_gives_the_same_bytes(name: str) -> None:
     do = RUNS[name]
     whole = Disk()
     expected = contents(do(units=whole))
+    assert whole.found == 0  # every unit has a key of its own
     disk = Disk()
     for life in sorted({1, len(whole.kept) - 1}):  # killed again and again, as runs are
         disk.life = life
