@@ -66,7 +66,8 @@ class LastReader:
         *,
         kernels: Kernels = "auto",
     ) -> None:
-        self.model, self.config, self.kernels = model, config, kernels
+        self.model, self.config = model, config
+        self.kernels: Kernels = kernels
         self.lenses = {lens.name: lens for lens in lenses}
         self.strings = model.token_strings()
         self.n_rows = model.n_layers + 1

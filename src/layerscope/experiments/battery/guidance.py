@@ -120,6 +120,10 @@ def _share(found: Summary, name: str) -> float | None:
     return (found["shares"].get(name) or {}).get("share")
 
 
+def _below(margins: pl.Series) -> float:
+    return int((margins < MARGIN).sum()) / len(margins)
+
+
 def _broken(_summary: Summary, found: Summary, _own: pl.DataFrame) -> Iterator[Reason]:
     if found["nonfinite_items"]:
         yield Reason(
@@ -185,7 +189,7 @@ def _unsure(summary: Summary, found: Summary, _own: pl.DataFrame) -> Iterator[Re
 
 def _controls(_summary: Summary, found: Summary, own: pl.DataFrame) -> Iterator[Reason]:
     margin = own["control_margin_max"].drop_nulls()
-    if len(margin) and (lost := float((margin < MARGIN).mean() or 0.0)) > SOME:
+    if len(margin) and (lost := _below(margin)) > SOME:
         yield Reason(
             "control_not_separated",
             "high" if lost >= HALF else "medium",
@@ -195,7 +199,7 @@ def _controls(_summary: Summary, found: Summary, own: pl.DataFrame) -> Iterator[
             "Do not read the onset as knowledge of the fact.",
         )
     negated = own["negation_margin_max"].drop_nulls()
-    if len(negated) and (deaf := float((negated < MARGIN).mean() or 0.0)) >= HALF:
+    if len(negated) and (deaf := _below(negated)) >= HALF:
         yield Reason(
             "negation_ignored",
             "low",
