@@ -2,7 +2,7 @@
 
     python -m benchmarks battery
 
-Two readings of "600 facts": asked plainly on one thread, each beside another's answer (600 prompts),
+Two readings of "600 facts": asked plainly on one thread, beside another's answer (600 prompts),
 and with every control on all cores (some twenty prompts a fact). Then the command line is killed at
 random moments and started again; its tables must be the same bytes. The fitted lenses are small
 ones, fitted here: their quality does not matter to the time they take.
