@@ -134,6 +134,22 @@ def test_the_size_of_batches_does_not_change_the_numbers(family):
     assert len(done) > 9  # many small batches
 
 
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_cells_of_both_rows_in_any_order_keep_their_numbers(family):
+    # Later rows and earlier positions join after others, some with a first block run for itself.
+    sites = [Site(kind, layer) for layer in (2, 0, 1) for kind in ("attn_out", "resid_pre")]
+    model, runs = recorded(family, sites)
+    cells = []
+    for place in (7, 2, 8, 0, 5):
+        for site in sites:
+            for row in (1, 0):
+                value = runs.value(site)[1 - row, place : place + 1]
+                cells.append(Cell((Patch(site, (place,), value),), row))
+    fast = run_cells(runs, cells, all_logits(model))
+    slow = naive_cells(runs, cells).double()
+    assert float((fast - slow).abs().max()) <= 1e-5 * float(slow.abs().max())
+
+
 def test_cells_that_cannot_reach_the_end_are_the_recording_itself():
     model, runs = recorded("llama", [Site("mlp_out", 2), Site("attn_out", 2)])
     cells = [donor_cell(runs, Site(kind, 2), (4,)) for kind in ("mlp_out", "attn_out")]
