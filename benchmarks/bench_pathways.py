@@ -5,7 +5,8 @@
 Against the loop that a per-target program runs, on the same prompt and with the dictionaries in
 memory: for each target a forward pass, a backward pass, and a projection of the gradient on whole
 dictionaries ("whole"), or on active features only ("active"). Replays against one whole forward
-pass per edge. A 12-layer Llama of random weights, d_model 768, JumpReLU dictionaries of 16 times
+pass per edge. Attribution graphs against circuit-tracer, where it is installed, with the same
+transcoders. A 12-layer Llama of random weights, d_model 768, JumpReLU dictionaries of 16 times
 that width, 64 tokens, 64 targets spread over the layers.
 """
 
@@ -19,18 +20,23 @@ from typing import Any
 
 import polars as pl
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.harness import Report, Timing, interleave, set_threads
 from benchmarks.models import llama_12x768
+from benchmarks.peers.environments import HERE, Process
 from benchmarks.peers.inputs import token_ids
 from layerscope.features import DictionarySet, Matrix, SparseDictionary, open_set, write_dictionary
 from layerscope.features.architectures import JumpRelu
 from layerscope.features.pathways import (
+    AttributionGraph,
     DiscoverOptions,
+    GraphOptions,
     PromptState,
     ReplayOptions,
     Target,
+    attribution_graph,
     discover,
     replay,
 )
@@ -39,6 +45,7 @@ from layerscope.models import Add, LanguageModel, Site, load
 TOKENS, TARGETS, EXPANSION, ACTIVE = 64, 64, 16, 50
 LOOP_TARGETS = 12  # of the loops, which are the same for every target
 REPLAYED = 64
+GRAPH_FEATURES = 128  # nodes of an attribution graph that are expanded
 
 
 def main(*, rounds: int = 3) -> Report:
@@ -75,15 +82,22 @@ def main(*, rounds: int = 3) -> Report:
     )
     _replays(report, model, state, edges, rounds)
     _bytes(report, model, ids, dictionaries)
+    del state, loop, dictionaries
+    _graphs(report, model, ids, rounds)
     report.remarks.append(
         f"the loops ran {LOOP_TARGETS} of the {len(targets)} targets; their seconds are scaled"
     )
     return report
 
 
-def random_dictionaries(model: LanguageModel, ids: list[list[int]]) -> DictionarySet:
+def random_dictionaries(
+    model: LanguageModel,
+    ids: list[list[int]],
+    reads: str = "resid_post",
+    writes: str = "resid_post",
+) -> DictionarySet:
     """JumpReLU dictionaries of random weights with about ACTIVE features active per token."""
-    sites = [f"resid_post.{layer}" for layer in range(model.n_layers)]
+    sites = [f"{reads}.{layer}" for layer in range(model.n_layers)]
     run = model.run(ids, capture=sites, logits=None)
     generator = torch.Generator().manual_seed(0)
     made: list[SparseDictionary] = []
@@ -96,8 +110,8 @@ def random_dictionaries(model: LanguageModel, ids: list[list[int]]) -> Dictionar
         threshold = pre.flatten().kthvalue(pre.numel() - ACTIVE * pre.shape[0]).values
         made.append(
             SparseDictionary(
-                reads=Site("resid_post", layer),
-                writes=(Site("resid_post", layer),),
+                reads=Site(reads, layer),
+                writes=(Site(writes, layer),),
                 encoder=Matrix.of("encoder", encoder),
                 decoders=(Matrix.of("decoder", decoder),),
                 gate=JumpRelu(torch.full((n,), float(threshold))),
@@ -261,3 +275,74 @@ def _bytes(
         seconds = time.perf_counter() - start
         report.add("dictionaries from disk, one pass", {"layerscope": Timing((seconds,))})
         report.claim("bytes read / bytes of the dictionaries", state.bytes_read / size, 1.0)
+
+
+def _graphs(report: Report, model: LanguageModel, ids: list[list[int]], rounds: int) -> None:
+    """One prompt's attribution graph beside circuit-tracer's, in a process of its own."""
+    transcoders = random_dictionaries(model, ids, "mlp_in", "mlp_out")
+    options = GraphOptions(max_features=GRAPH_FEATURES, node_share=1.0, edge_share=1.0)
+    with tempfile.TemporaryDirectory() as place:
+        file, edges = f"{place}/transcoders.safetensors", f"{place}/edges.safetensors"
+        save_file({name: tensor for each in transcoders for name, tensor in _named(each)}, file)
+        program = [str(HERE / "circuit_tracer_worker.py"), str(llama_12x768()), file]
+        program += ["--features", str(GRAPH_FEATURES), "--logits", str(options.logits)]
+        try:
+            peer = Process("circuit-tracer", [*program, "--tokens", str(TOKENS)])
+        except FileNotFoundError:
+            report.remarks.append("circuit-tracer is not installed: its graphs were not compared")
+            return
+        try:
+            peer.wait()
+            timings = interleave(
+                {
+                    "circuit-tracer": lambda: peer.ask("run"),
+                    "layerscope": lambda: attribution_graph(model, ids, transcoders, options),
+                },
+                rounds=rounds,
+            )
+            peer.ask(f"edges {edges}")
+        finally:
+            peer.stop()
+        theirs = load_file(edges)
+    report.add(f"attribution graph of {GRAPH_FEATURES} features", timings)
+    ratio = timings["circuit-tracer"].median / timings["layerscope"].median
+    report.claim("attribution graph, circuit-tracer / layerscope", ratio, 1.0, at_most=False)
+    found = _graph_difference(attribution_graph(model, ids, transcoders, options), theirs)
+    report.claim(
+        f"largest relative difference from circuit-tracer's, {found[0]} edges of both",
+        found[1],
+        1e-3,
+    )
+
+
+def _named(dictionary: SparseDictionary) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{dictionary.layer}.encoder", dictionary.encoder.tensor()),
+        (f"{dictionary.layer}.decoder", dictionary.decoders[0].tensor()),
+        (f"{dictionary.layer}.threshold", dictionary.gate.tensors()["threshold"]),
+    ]
+
+
+def _graph_difference(graph: AttributionGraph, theirs: dict[str, Tensor]) -> tuple[int, float]:
+    """Return how many edges between features both have, and how far they are apart at most.
+
+    In units of the largest edge into the same feature. They expand features in another order, so
+    not all are the same; and they leave out the first token's.
+    """
+    keys = [tuple(row) for row in theirs["features"].tolist()]
+    place = {(layer, feature, at): row for row, (layer, at, feature) in enumerate(keys)}
+    features = graph.nodes.filter(pl.col("kind") == "feature")
+    columns = ("node", "layer", "feature_id", "position")
+    node = {number: tuple(rest) for number, *rest in features.select(columns).iter_rows()}
+    pairs: dict[int, list[tuple[float, float]]] = {}
+    for source, target, weight in graph.edges.iter_rows():
+        row, column = place.get(node.get(target, ())), place.get(node.get(source, ()))
+        if row is not None and column is not None:
+            pairs.setdefault(row, []).append((weight, float(theirs["adjacency"][row, column])))
+    differences = [
+        abs(mine - other) / max(abs(each) for _, each in found)
+        for found in pairs.values()
+        for mine, other in found
+        if any(each for _, each in found)
+    ]
+    return len(differences), max(differences, default=float("inf"))

@@ -25,6 +25,7 @@ PEERS = (
     "interp-engine",
     "pyvene",
     "steering-vectors",
+    "circuit-tracer",
 )
 # By far the largest of what all need, and the same for all.
 LENT = ("torch", "triton", "nvidia-")
