@@ -43,11 +43,13 @@ MARGINS = {"control_margin_max": 0.6, "negation_margin_max": 0.3}
 Change = Callable[[dict[str, Any]], Any]
 
 
-def told(change: Change | None = None, **margins: float) -> dict[str, str]:
+def told(change: Change | None = None, onset: int | None = 4, **margins: float) -> dict[str, str]:
     summary = copy.deepcopy(SOUND)
     if change is not None:
         change(summary)
-    items = pl.DataFrame({"lens": ["norm"], "invented": [False]} | MARGINS | margins)
+    items = pl.DataFrame(
+        {"lens": ["norm"], "invented": [False], "L_semantic": [onset]} | MARGINS | margins
+    )
     found = guidance(summary, items)
     return {entry["code"]: entry["severity"] for entry in found["reasons"]}
 
@@ -107,6 +109,8 @@ def test_each_figure_gives_its_reason_and_no_other(
 def test_margins_that_no_fact_keeps_are_reasons() -> None:
     assert told(control_margin_max=0.01) == {"control_not_separated": "high"}
     assert told(negation_margin_max=0.01) == {"negation_ignored": "low"}
+    # An answer that never comes up cannot be taken back.
+    assert told(onset=None, negation_margin_max=0.01) == {}
 
 
 def test_the_pack_cites_the_rows_that_hold_its_figures() -> None:

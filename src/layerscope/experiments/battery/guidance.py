@@ -198,12 +198,14 @@ def _controls(_summary: Summary, found: Summary, own: pl.DataFrame) -> Iterator[
             {"share": lost, "margin": MARGIN, "facts": len(margin), "wanted": SOME},
             "Do not read the onset as knowledge of the fact.",
         )
-    negated = own["negation_margin_max"].drop_nulls()
+    # A fact that is never read off has no probability to lose.
+    known = own.filter(pl.col("L_semantic").is_not_null())
+    negated = known["negation_margin_max"].drop_nulls()
     if len(negated) and (deaf := _below(negated)) >= HALF:
         yield Reason(
             "negation_ignored",
             "low",
-            f"For {deaf:.0%} of the facts the answer is as likely after 'is not called'.",
+            f"For {deaf:.0%} of the facts with an onset the answer is as likely after a negation.",
             {"share": deaf, "margin": MARGIN, "facts": len(negated)},
             "Read the onset as association, not as assertion.",
         )
