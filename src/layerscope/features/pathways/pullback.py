@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.errors import CapabilityError, ConfigError, nearest
+from layerscope.features.pathways.batching import BatchedActivations
 from layerscope.features.pathways.state import PromptState
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import (
@@ -215,15 +216,17 @@ class Pullback:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual after a block, and what its attention mixed where that is wanted."""
         site, inner = f"resid_post.{block}", f"attn.{block}.z"
-        result = self.model.run(
-            self.batch,
-            start=Start(block, below),
-            stop_after=block,
-            capture=[site, inner] if mixed else site,
-            edits=[] if self.variant == "total" else self._frozen(block, below),
-            logits=None,
-            gradients=True,
-        )
+        edits = [] if self.variant == "total" else self._frozen(block, below)
+        with BatchedActivations():
+            result = self.model.run(
+                self.batch,
+                start=Start(block, below),
+                stop_after=block,
+                capture=[site, inner] if mixed else site,
+                edits=edits,
+                logits=None,
+                gradients=True,
+            )
         return result[site], result[inner] if mixed else None
 
     def _frozen(self, block: int, below: Tensor) -> list[Edit]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -96,10 +97,13 @@ class ActiveFeatures:
 
     def at(self, position: int) -> slice:
         """Return the entries of one position."""
-        first, last = torch.searchsorted(
-            self.positions, torch.tensor([position, position + 1])
-        ).tolist()
-        return slice(first, last)
+        starts = self._starts
+        return slice(*(starts[min(at, len(starts) - 1)] for at in (position, position + 1)))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Return where each position's entries begin, and last where all end."""
+        return [0, *torch.bincount(self.positions).cumsum(0).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
