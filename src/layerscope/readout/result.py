@@ -74,7 +74,11 @@ class Collector:
     def finish(self, *, n_rows: int) -> dict[str, Tensor]:
         """Return CPU tensors of all rows: NaN, 0 or False where a row has no value."""
         joined: dict[str, Tensor] = {}
+        in_order = torch.arange(n_rows)
         for name, pieces in self._pieces.items():
+            if len(pieces) == 1 and torch.equal(pieces[0][0].cpu(), in_order):
+                joined[name] = pieces[0][1].cpu()
+                continue
             rows = torch.cat([piece[0] for piece in pieces]).cpu()
             values = torch.cat([piece[1] for piece in pieces]).cpu()
             empty = torch.nan if values.is_floating_point() else 0

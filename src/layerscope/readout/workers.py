@@ -56,7 +56,7 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(wait=False)  # nothing runs any more: `map` waits for its items
         if self._threads is not None:
             torch.set_num_threads(self._threads)
 
