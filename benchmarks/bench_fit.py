@@ -2,11 +2,12 @@
 
     python -m benchmarks install tuned-lens-trainer fit
 
-Same model, same training text; the held-out text is seen by neither. Each fit is a process of its
-own with two threads; time and extra memory count from after the imports, and include loading the
-model and the text. The trainer runs with its defaults (250 steps; SGD, and Adam as well) but for
-the size of a step, which the text bounds. Both lenses are measured by the same program: KL(model ||
-lens) in bits at the same held-out positions. Needs trained models and text beside the checkout.
+Same model, same training text, of which layerscope reads two fifths and fits on two of three
+positions. The held-out text is seen by neither. Each fit is a process of its own with two threads;
+time and extra memory count from after the imports, and include loading the model and the text. The
+trainer runs with its defaults (250 steps; SGD, and Adam as well) but for the size of a step, which
+the text bounds. Both lenses are measured by the same program: KL(model || lens) in bits at the same
+held-out positions. Needs trained models and text beside the checkout.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from layerscope.lenses.fitting.states import collect
 
 SHARED = Path(os.environ.get("LAYERSCOPE_SHARED", ROOT.parent / "shared"))
 TEXT = SHARED / "data/tinystories_merged/tinystories_cased.jsonl"
-STEPS, BATCH, CONTEXT = 250, 4, 256
+STEPS, BATCH, CONTEXT = 250, 8, 256
+OUR_STEPS, OUR_BATCH, OUR_POSITIONS = 280, 3, 168
 OPTIMIZERS = ("sgd", "adam")
 OURS = "layerscope"
 LEEWAY = 1.01
@@ -66,7 +68,11 @@ def _compare(
         str(train),
         str(place / OURS),
         "--tokens",
-        str(STEPS * BATCH * CONTEXT),
+        str(OUR_STEPS * OUR_BATCH * CONTEXT),
+        "--batch",
+        str(OUR_BATCH),
+        "--positions",
+        str(OUR_POSITIONS),
     ]
     runs[OURS] = _fit([sys.executable, "-m", "benchmarks.peers.tuned_lens_ours", *arguments])
     runs[OURS]["kl"] = kl_bits(model, load_lens(place / OURS, model), states)

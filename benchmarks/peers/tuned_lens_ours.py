@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--positions", type=int, required=True)
     given = parser.parse_args()
 
     import torch
@@ -30,14 +31,20 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     before, started = peak_rss_bytes(), time.perf_counter()
     model = load(given.model, device="cpu", dtype="float32")
-    data = DataConfig(tokens=given.tokens, evaluation_tokens=8192, context=given.context)
+    data = DataConfig(
+        tokens=given.tokens,
+        evaluation_tokens=8192,
+        context=given.context,
+        positions=given.positions,
+        batch=given.batch,
+    )
     fit_lens(
         "tuned",
         model,
         given.text,
         given.folder,
         data=data,
-        options=TunedOptions(baseline=False, steps=given.steps),
+        options=TunedOptions(baseline=False),
     )
     seconds = time.perf_counter() - started
     print(

@@ -228,9 +228,14 @@ def test_translators_start_as_the_identity_with_one_factor_that_is_not_zero() ->
         TunedOptions(rank=WIDTH + 1).check(WIDTH)
 
 
-def test_the_rate_of_wide_matrices_is_lower_unless_one_is_given() -> None:
-    assert [TunedOptions().rate(width) for width in (16, 250, 2500)] == [0.04, 0.01, 0.001]
-    assert TunedOptions(learning_rate=0.5).rate(250) == 0.5
+def test_rates_fall_with_the_width_and_with_what_is_left_to_learn() -> None:
+    nats = torch.tensor([32.0, 1.0, 1.0 / 32]) * math.log(2.0)
+    torch.testing.assert_close(TunedOptions().rates(nats, 400), torch.tensor([0.04, 0.01, 0.0025]))
+    torch.testing.assert_close(
+        TunedOptions().rates(nats, 800), torch.tensor([0.02, 0.005, 0.00125])
+    )
+    given = TunedOptions(learning_rate=0.5).rates(nats, 400)
+    assert given.tolist() == [0.5, 0.5, 0.5]
 
 
 def test_the_jacobian_lens_multiplies_from_the_right_side() -> None:

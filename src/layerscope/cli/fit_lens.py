@@ -142,7 +142,7 @@ def _tuned(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Times through the text.")] = 2,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak rate of AdamW. Default: 2.5 / d_model."),
+        typer.Option("--learning-rate", help="Peak rate of AdamW. Default: one a layer."),
     ] = None,
     baseline: Annotated[
         bool, typer.Option("--baseline/--no-baseline", help="Train a bias-only lens beside it.")

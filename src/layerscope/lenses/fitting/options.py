@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from layerscope.errors import ConfigError
 
@@ -20,9 +25,10 @@ class TunedOptions:
         baseline: train a bias-only lens on the same batches.
         epochs: times through the text, with new positions each time.
         steps: number of steps, whatever the epochs say; None for epochs.
-        learning_rate: of AdamW; None for 2.5 / d_model, at most 0.04 (each entry of a matrix moves
-            by about this much a step, so what it does to a vector grows with the width: Yang et
-            al., 2022, table 3).
+        learning_rate: of AdamW, for all row indices. None for one each, 4 / d_model times the 0.4th
+            power of the bits that its start loses, at most 0.04: each entry of a matrix moves by
+            about this much a step, whatever the gradient, so what a step does to a vector grows
+            with the width (Yang et al., 2022, table 3), and a row that is almost right needs less.
         weight_decay, warmup, clip: of AdamW; warm-up is a fraction of the steps, the decay pulls
             towards the identity, and gradients are clipped per row index.
         evaluate_every: steps between looks at the validation text; None for a twentieth of all.
@@ -53,9 +59,12 @@ class TunedOptions:
         if (rate is not None and not rate > 0) or not 0 <= self.warmup < 1 or not self.clip > 0:
             raise ConfigError("learning_rate and clip must be positive, warmup in 0 to 1")
 
-    def rate(self, d_model: int) -> float:
-        """Return the highest learning rate."""
-        return min(0.04, 2.5 / d_model) if self.learning_rate is None else self.learning_rate
+    def rates(self, nats: Float[Tensor, " layer"], d_model: int) -> Float[Tensor, " layer"]:
+        """Return the highest learning rate of each row index, from the KL of its start."""
+        if self.learning_rate is not None:
+            return torch.full_like(nats, self.learning_rate)
+        bits = (nats / math.log(2.0)).nan_to_num(posinf=1.0).clamp_min(0.0)
+        return (4 / d_model * bits**0.4).clamp_max(0.04)
 
     def check(self, d_model: int) -> None:
         """Raise ConfigError where the rank is beyond the model's width."""

@@ -49,7 +49,7 @@ class TunedSteps:
         options.check(model.d_model)
         self._model, self._corpus, self._data = model, corpus, data
         self._options = options
-        self._rate = options.rate(model.d_model)
+        self._rates = torch.zeros(model.n_layers)
         self._norm: NormChoice = norm
         self._validation: States | None = None
         self._per_epoch = n_batches(corpus.train, data)
@@ -125,7 +125,7 @@ class TunedSteps:
                 "second": self._second,
                 "best": best,
                 "kl": self.best_kl,
-                "of": {"scales": self._scales},
+                "of": {"scales": self._scales, "rates": self._rates},
             }
         )
         return tensors, {"history": self.history, "idle": self._idle, "stopped": self.stopped}
@@ -141,7 +141,7 @@ class TunedSteps:
         self.best = {lens: group_of(best, lens) for lens in order}
         self.best_kl = group_of(tensors, "kl")
         self._first, self._second = group_of(tensors, "first"), group_of(tensors, "second")
-        self._scales = tensors["of.scales"]
+        self._scales, self._rates = tensors["of.scales"], tensors["of.rates"]
         self.history, self._idle = values["history"], int(values["idle"])
         self.stopped = values["stopped"]
 
@@ -187,6 +187,7 @@ class TunedSteps:
             improved = self.best_kl["tuned"] < before
             self.parameters["tuned"] = choose(improved, start, self.best["tuned"])
         self._idle = 0
+        self._rates = options.rates(self.best_kl["tuned"], model.d_model)
         for lens, parameters in self.parameters.items():
             for name, tensor in parameters.items():
                 self._first[f"{lens}.{name}"] = torch.zeros_like(tensor)
@@ -215,7 +216,7 @@ class TunedSteps:
     @torch.no_grad()
     def _update(self, index: int) -> None:
         options = self._options
-        rate = self._rate * schedule(index, self.n_steps, options.warmup)
+        rates = self._rates * schedule(index, self.n_steps, options.warmup)
         for lens, parameters in self.parameters.items():
             # In one order, whether or not a checkpoint was read: sums round by their order.
             found = {name: parameters[name].grad for name in sorted(parameters)}
@@ -230,7 +231,8 @@ class TunedSteps:
             for name, gradient in gradients.items():
                 tensor = parameters[name].requires_grad_(False)
                 key = f"{lens}.{name}"
-                gradient = gradient * shrink.view(-1, *[1] * (gradient.ndim - 1))
+                shape = (-1, *[1] * (gradient.ndim - 1))
+                gradient, rate = gradient * shrink.view(shape), rates.view(shape)
                 first = self._first[key].lerp_(gradient, 1 - _BETAS[0])
                 second = (
                     self._second[key]
@@ -242,7 +244,7 @@ class TunedSteps:
                 if name not in ("bias", "log_inverse"):
                     tensor.mul_(1 - rate * options.weight_decay)
                 pace = rate * (_BIAS_PACE if name == "bias" else 1.0)
-                tensor.addcdiv_(first_hat, second_hat.sqrt() + _EPS, value=-pace)
+                tensor.sub_(pace * first_hat / (second_hat.sqrt() + _EPS))
                 tensor.grad = None
 
     @torch.no_grad()
