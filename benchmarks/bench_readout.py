@@ -137,7 +137,8 @@ def peak_memory_mib() -> float:
     process, over what it held before the readout.
     """
     script = (
-        "import resource, torch\n"
+        "import torch\n"
+        "from layerscope.allocator import peak_memory_bytes\n"
         "from layerscope.products import choose\n"
         "from layerscope.readout import *\n"
         "torch.set_num_threads(2)\n"
@@ -145,11 +146,10 @@ def peak_memory_mib() -> float:
         "weight = torch.randn(128256, 1024)\n"
         "hidden = torch.randn(1024, 1024)\n"
         "index = torch.arange(32).repeat_interleave(32) * 32 + 31\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "readout(hidden[:4, :8], Unembedding(weight[:64, :8].contiguous()))\n"
-        "before = peak()\n"
+        "before = peak_memory_bytes()\n"
         "readout(hidden, Unembedding(weight), reference=Reference(index=index))\n"
-        "print(peak() - before)\n"
+        "print((peak_memory_bytes() - before) / 2**20)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

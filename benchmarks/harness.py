@@ -182,7 +182,8 @@ def _cpu_name() -> str:
 
 def peak_rss_bytes() -> int:
     """Return the peak resident set of this process so far, in bytes."""
-    import resource
+    from layerscope.allocator import peak_memory_bytes
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    found = peak_memory_bytes()
+    assert found is not None, "this system does not tell"
+    return found

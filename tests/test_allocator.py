@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from layerscope import allocator, keep_freed_memory
+from layerscope.allocator import peak_memory_bytes
 
 COUNT_FAULTS = """
 import resource, sys
@@ -55,3 +56,12 @@ def test_a_choice_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> 
 def test_elsewhere_nothing_changes_and_the_answer_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.sys, "platform", "darwin")
     assert not keep_freed_memory()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux inherits it")
+def test_the_peak_is_that_of_this_process_not_of_its_parent() -> None:
+    held = bytearray(400 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    show = "from layerscope.allocator import peak_memory_bytes as peak; print(peak())"
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(held) < (peak_memory_bytes() or 0)

@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed.
+"""The process's memory: its peak, and what the C library does with what was freed.
 
 Tensors that a run keeps cannot share the few warm buffers that a forward pass reuses; each is fresh
 memory. Under glibc every tensor of more than 128 KiB is then mapped, faulted in page by page, and
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's mallopt
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
@@ -41,3 +42,24 @@ def keep_freed_memory() -> bool:
         (_TOP_PAD, _PAD),
     )
     return all(bool(mallopt(option, value)) for option, value in settings)
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the peak resident set of this process in bytes; None where it cannot be read.
+
+    Linux's ``ru_maxrss`` begins at the peak of the process that started this one; ``VmHWM`` does
+    not.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not on Linux
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,16 +56,6 @@ def machine() -> dict[str, Any]:
         "cuda_version": torch.version.cuda,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-def peak_memory_bytes() -> int | None:
-    """Return the peak resident set of this process in bytes; None where it cannot be read."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from layerscope.allocator import peak_memory_bytes
 from layerscope.experiments import provenance
 from layerscope.files import canonical_json, sha256_text
 from layerscope.models import LanguageModel
@@ -107,5 +108,5 @@ def describe_run(
         "machine": provenance.machine(),
         "git_commit": provenance.git_commit(),
         "timing": watch.to_dict(),
-        "peak_memory_bytes": provenance.peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
     }

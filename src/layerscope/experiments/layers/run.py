@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 
+from layerscope.allocator import peak_memory_bytes
 from layerscope.errors import ConfigError
 from layerscope.experiments import provenance
 from layerscope.experiments.layers.calibrate import (
@@ -248,5 +249,5 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
         "machine": provenance.machine(),
         "git_commit": provenance.git_commit(),
         "timing": watch.to_dict(),
-        "peak_memory_bytes": provenance.peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
     }

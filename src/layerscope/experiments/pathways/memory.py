@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from layerscope.experiments import provenance
+from layerscope.allocator import peak_memory_bytes
 from layerscope.experiments.pathways.targets import group_size
 from layerscope.experiments.pathways.workspace import Workspace
 from layerscope.features.staging import plan_stages
@@ -43,12 +42,7 @@ def peak_bytes(device: str | None) -> int | None:
     cuda = _cuda(device)
     if cuda is not None:
         return int(torch.cuda.max_memory_allocated(cuda))
-    if sys.platform == "linux":
-        with suppress(OSError, ValueError, IndexError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    return provenance.peak_memory_bytes()
+    return peak_memory_bytes()
 
 
 def plan(work: Workspace) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
+from layerscope.allocator import peak_memory_bytes
 from layerscope.errors import ConfigError, nearest
 from layerscope.lenses.artifacts import model_facts, save_lens
 from layerscope.lenses.base import Lens, NormChoice, check_norm_choice
@@ -147,7 +147,7 @@ def fit_lens(
         **fitted.facts,
         "versions": model.provenance()["versions"],
         "seconds": round(time.monotonic() - started, 3),
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
     if place is not None:
         save_lens(fitted.lens, place, model, others=fitted.others, details=details)
@@ -256,13 +256,3 @@ class _Job:
         resumed = self._drive(steps)
         lens = JacobianLens(self.model, steps.tensors(), norm=self.norm)
         return _Fitted(lens, {}, [], {}, resumed)
-
-
-def _peak_memory_bytes() -> int | None:
-    """Return the peak resident set of this process; None where it cannot be read."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
