@@ -48,8 +48,17 @@ def test_loading_a_model_keeps_freed_memory_from_then_on() -> None:
     assert faults("load") < 0.2 * faults("as found")
 
 
-def test_a_choice_in_the_environment_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "131072"),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=131072"),
+    ],
+)
+def test_a_choice_in_the_environment_stands(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
     assert not keep_freed_memory()
 
 

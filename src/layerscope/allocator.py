@@ -17,9 +17,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's ma
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
 _NEVER = 2**31 - 1
 _PAD = 64 * 2**20
-
-
-_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")  # glibc's own
+# glibc's own switches: variables, and names inside GLIBC_TUNABLES.
+_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
+_TUNABLES = ("malloc.trim_threshold", "malloc.top_pad", "malloc.mmap_threshold")
 
 
 def keep_freed_memory() -> bool:
@@ -30,7 +30,7 @@ def keep_freed_memory() -> bool:
     (``MALLOC_TRIM_THRESHOLD_=131072`` gives memory back) stands; then, and wherever the C library
     is not glibc, nothing changes and the answer is False.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _CHOICES):
+    if not sys.platform.startswith("linux") or _chosen():
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -42,6 +42,13 @@ def keep_freed_memory() -> bool:
         (_TOP_PAD, _PAD),
     )
     return all(bool(mallopt(option, value)) for option, value in settings)
+
+
+def _chosen() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in _VARIABLES) or any(
+        name in tunables for name in _TUNABLES
+    )
 
 
 def peak_memory_bytes() -> int | None:
