@@ -14,6 +14,8 @@ from support.tiny_models import tiny, tiny_tokenizer
 
 IDS = torch.tensor([[1, 17, 40, 5, 300, 251, 8, 90], [1, 99, 180, 7, 12, 44, 3, 260]])
 PIECES = (Piece(0, (1,), 8), Piece(3, (0, 1), 5), Piece(3, (0,), 2), Piece(7, (1, 0, 1), 1))
+# The last token of every row.
+ENDS = [7, 12, 17, 19, 20, 21, 22]
 
 
 def row_of(table):
@@ -57,9 +59,13 @@ def test_packed_rows_are_the_rows_apart(family):
         pytest.skip("has no cache of keys and values")
     plain = taken(model)
     before = state_of(hf(model))
+    expected = row_of(plain["final_norm"])
+    ends = Capture("final_norm", positions=ENDS)
     for layer in range(model.n_layers):
         found = run_packed(model, plain, layer=layer, capture="final_norm")["final_norm"]
-        torch.testing.assert_close(found, row_of(plain["final_norm"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        last = run_packed(model, plain, layer=layer, capture=ends, lean=True)["final_norm"]
+        torch.testing.assert_close(last, expected[:, ENDS], rtol=1e-5, atol=1e-5)
     assert state_of(hf(model)) == before
 
 
@@ -99,6 +105,54 @@ def test_edits_and_captures_count_the_tokens_of_the_one_row(family):
     untouched = plain["final_norm"][1, 7]
     torch.testing.assert_close(packed[0, 1], untouched, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(packed[0, 0], plain["final_norm"][0, 7], atol=1e-2)
+
+
+def test_the_last_block_asks_only_where_it_is_read():
+    model = loaded("llama")
+    plain = taken(model)
+    attention = hf(model).model.layers[-1].self_attn
+    seen = {}
+    handles = [
+        getattr(attention, name).register_forward_pre_hook(
+            lambda _module, args, name=name: seen.update({name: args[0].shape[1]}),
+        )
+        for name in ("q_proj", "k_proj", "o_proj")
+    ]
+    try:
+        run_packed(model, plain, capture=Capture("final_norm", positions=ENDS), lean=True)
+        assert seen == {"q_proj": len(ENDS), "k_proj": 23, "o_proj": len(ENDS)}
+        # Whoever reads another token, or looks inside the block, has it whole.
+        run_packed(model, plain, capture=Capture("final_norm", positions=[3, *ENDS]), lean=True)
+        assert seen["q_proj"] == 23
+        inside = Capture(["final_norm", f"attn.{model.n_layers - 1}.z"], positions=ENDS)
+        run_packed(model, plain, capture=inside, lean=True)
+        assert seen == {"q_proj": 23, "k_proj": 23, "o_proj": 23}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_activations_in_parts_are_the_same_to_the_last_bit():
+    model = loaded("gpt2")
+    ids = torch.arange(12).view(1, 12) + 3
+    plain = model.run(TokenBatch.from_ids(ids.tolist()), capture="resid_pre.*", keep_cache=True)
+    pieces = (Piece(0, (0,) * 5, 12), Piece(3, (0,) * 4, 9))  # 96 tokens: no multiple of a part
+    parts = [ids[:, piece.column :].repeat(len(piece.rows), 1).flatten() for piece in pieces]
+    residual = plain["resid_pre.1"][0]
+    stored = [residual[piece.column :].repeat(len(piece.rows), 1) for piece in pieces]
+    add = Add("mlp.1.pre", torch.ones(48), positions=95)
+    found = model.run(
+        TokenBatch.from_ids([torch.cat(parts).tolist()]),
+        start=Start(1, torch.cat(stored)[None]),
+        capture=["mlp.1.pre", "mlp.1.post"],
+        edits=[add],
+        cache=plain.cache,
+        packed=Packed(pieces),
+        logits=None,
+    )
+    activation = hf(model).transformer.h[1].mlp.act
+    assert found["mlp.1.pre"].shape[1] == 96
+    assert found["mlp.1.post"].equal(activation(found["mlp.1.pre"]))
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -8,6 +8,7 @@ import torch
 import layerscope
 from layerscope.errors import EditError, LayerscopeError, SiteError
 from layerscope.interventions.patching import Cell, Patch, record, run_cells, site_of
+from layerscope.interventions.patching.tiles import shape_of
 from layerscope.models import Apply, Site
 from support.loaded import hf, loaded, state_of
 from support.tiny_models import tiny, tiny_tokenizer
@@ -132,6 +133,18 @@ def test_the_size_of_batches_does_not_change_the_numbers(family):
     torch.testing.assert_close(tight, whole, rtol=1e-5, atol=1e-5)
     assert sum(done) == len(cells)
     assert len(done) > 9  # many small batches
+
+
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_a_batch_on_a_cpu_holds_no_tensor_that_is_mapped_afresh(family):
+    model = loaded(family)
+    width = 3 * model.d_model
+    width = max(width, model.backend.trailing(Site("mlp.post", 0), 1)[-1])
+    tokens = shape_of(model, 9, 2**50).most_tokens
+    # glibc maps tensors of 32 MiB and more for one use only.
+    assert 0.9 * 30 * 2**20 < tokens * width * model.dtype.itemsize < 32 * 2**20
+    assert shape_of(model, 9, 2**20).most_tokens < tokens
+    assert shape_of(model, 2 * tokens, 2**50).most_tokens == 2 * tokens  # one cell always fits
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerscope.interventions.patching.cells import Step
+from layerscope.models import Site
 
 if TYPE_CHECKING:
     from layerscope.models import LanguageModel
@@ -26,6 +27,11 @@ _NEIGHBOURS = 32
 _WEIGHTS_IN_TOKENS = 24.0
 _CALL_FLOPS = {"cpu": 3e8}
 _CALL_FLOPS_ELSEWHERE = 1e10
+# On a CPU a tensor beyond this comes in fresh pages, each a fault, whatever the C library was told
+# to keep (`allocator`): passes over it take nearly twice as long. Where that would leave few tokens
+# of a wide model, reading its weights again and again would cost more.
+_LARGEST_TENSOR = 30 * 2**20
+_FEWEST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,11 @@ def shape_of(model: LanguageModel, n_columns: int, budget: int) -> Shape:
     flops = 24.0 * model.d_model**2
     overhead = _WEIGHTS_IN_TOKENS
     overhead += _CALL_FLOPS.get(model.device.type, _CALL_FLOPS_ELSEWHERE) / flops
-    most = max(budget // bytes_per_token(model, n_columns), n_columns)
-    return Shape(model.n_layers, n_columns, overhead, int(most))
+    most = budget // bytes_per_token(model, n_columns)
+    if model.device.type == "cpu":
+        warm = _LARGEST_TENSOR // (model.dtype.itemsize * _widest(model))
+        most = min(most, max(warm, _FEWEST_TOKENS))
+    return Shape(model.n_layers, n_columns, overhead, max(most, n_columns))
 
 
 def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
@@ -76,8 +85,16 @@ def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
     """
     info = model.backend.info
     width = model.dtype.itemsize
-    inner = 4 * info.d_model * 3
+    inner = 3 * _widest(model)
     return width * (6 * info.d_model + inner) + width * 2 * info.n_heads * n_columns
+
+
+def _widest(model: LanguageModel) -> int:
+    """Return the width of the widest tensor of a block: its MLP's, or queries, keys and values."""
+    neurons = Site("mlp.post", 0)
+    if model.backend.why_not(neurons) is not None:
+        return 4 * model.d_model
+    return max(3 * model.d_model, model.backend.trailing(neurons, 1)[-1])
 
 
 def tiles_of(steps: Sequence[Step], shape: Shape) -> list[Tile]:

@@ -30,7 +30,10 @@ from layerscope.models.backends.huggingface.hooks import (
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe, has_kernel
 from layerscope.models.backends.huggingface.packing import (
+    composite_activations,
     disprove_packing,
+    in_parts,
+    only_ends,
     packed_inputs,
     shortest_window,
 )
@@ -164,10 +167,13 @@ class HuggingFaceBackend:
             stack.enter_context(installed(recorder, carriers))
             if kernels:
                 stack.enter_context(TAPS.installed(kernels))
+            if plan.packed is not None and self.device.type == "cpu" and not plan.gradients:
+                activations = composite_activations(self.structure)
+                stack.enter_context(in_parts(recorder, activations))
             stack.enter_context(stopping_after(recorder, last))
             columns = plan.wanted() if plan.lean and plan.stop_after is None else None
             if columns is not None and columns.shape[1] < batch.width:
-                stack.enter_context(narrowed(recorder, self._narrow(recorder), columns))
+                stack.enter_context(narrowed(recorder, self._narrow(recorder, columns), columns))
             logits, cache = self._forward(plan, recorder)
             if logits is not None and recorder.wants(_LOGITS):
                 logits = recorder.visit(_LOGITS, logits)
@@ -176,7 +182,7 @@ class HuggingFaceBackend:
     def _point(self, site: Site) -> Point:
         return Point(_LOGITS) if site.kind == "logits" else self._points[site]
 
-    def _narrow(self, recorder: Recorder) -> list[nn.Module]:
+    def _narrow(self, recorder: Recorder, columns: Int[Tensor, "batch pos"]) -> list[nn.Module]:
         """Return modules of the last block that may compute some positions alone."""
         block = self.structure.blocks[-1]
         inside = set(block.whole.module.modules())
@@ -185,7 +191,12 @@ class HuggingFaceBackend:
             entry = carrier.module is block.whole.module and carrier.side == "input"
             if carrier.module in inside and not entry:
                 return []
-        return [block.mlp.module, *([block.inner.out.module] if block.inner.out else [])]
+        modules = [block.mlp, block.inner.out]
+        packed = recorder.plan.packed
+        if packed is not None and block.inner.out is not None and only_ends(packed, columns):
+            recorder.asks_at_ends = block.attention.module
+            modules.append(block.inner.query)
+        return [part.module for part in modules if part is not None]
 
     def why_lacking(self, capability: Capability) -> str:
         """Return one line on why this model has not a capability, and what would have it."""

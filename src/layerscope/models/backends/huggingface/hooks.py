@@ -69,6 +69,8 @@ class Recorder:
         self.exchanged: list[tuple[Tensor, Tensor]] = []
         # What modules gave whose output the model adds to that of a carrier called after them.
         self.summands: dict[nn.Module, Tensor] = {}
+        # The attention that is read at the last token of every packed row alone.
+        self.asks_at_ends: nn.Module | None = None
         self._fired: set[Carrier] = set()
         self._edits: dict[Carrier, list[tuple[PlannedEdit, View]]] = {}
         self._captures: dict[Carrier, list[tuple[PlannedCapture, View]]] = {}

@@ -168,7 +168,8 @@ def _tapped(
     key = _visit_new(run, Carrier(module, "key"), key, n_new)
     value = _visit_new(run, Carrier(module, "value"), value, n_new)
     if run.plan.packed is not None:
-        return packed_attention(kernel, module, (query, key, value), run.plan, args, kwargs)
+        heads, ends = (query, key, value), module is run.asks_at_ends
+        return packed_attention(kernel, module, heads, run.plan, args, kwargs, ends=ends)
     output = kernel(module, query, key, value, attention_mask, *args, **kwargs)
     scores_at, pattern_at = Carrier(module, "scores"), Carrier(module, "pattern")
     if not (run.wants(scores_at) or run.wants(pattern_at)):
