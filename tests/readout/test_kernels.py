@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from layerscope.errors import ConfigError
+from layerscope.products.hardware import has_matrix_units
 from layerscope.readout import (
     Divergences,
     Readout,
@@ -196,6 +197,7 @@ def test_the_size_of_a_job_decides_and_nothing_else(monkeypatch: pytest.MonkeyPa
         "from_logits": 24 * 333 + 1,
         "few_rows": fused.FEW_ROWS,
         "from_logits_of_few_rows": fused.FROM_LOGITS_OF_FEW,
+        "matrix_units": has_matrix_units(),
     }
 
 

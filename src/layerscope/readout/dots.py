@@ -21,7 +21,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from layerscope.readout.kernels import Floats, compiled
+from layerscope.products.compiling import compiled
+from layerscope.readout.kernels import Floats
 
 ir: Any = importlib.import_module("llvmlite.ir")
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerscope.errors import ConfigError
+from layerscope.products.hardware import has_matrix_units
 from layerscope.readout.job import BITS, Job
 from layerscope.readout.logits import partners
 from layerscope.readout.plan import Tile
@@ -65,7 +66,10 @@ def load_dots(n_rows: int) -> ModuleType | None:
 
 
 def describe() -> dict[str, str | int | None]:
-    """Return the rule behind "auto" for provenance: numba's version, if any, and from what size."""
+    """Return the rule behind "auto" for provenance: numba's version, if any, and from what size.
+
+    Jobs of that size run their checked products on the matrix units of the CPU, if it has some.
+    """
     try:
         version = importlib.metadata.version("numba")
     except importlib.metadata.PackageNotFoundError:
@@ -75,6 +79,7 @@ def describe() -> dict[str, str | int | None]:
         "from_logits": FROM_LOGITS,
         "few_rows": FEW_ROWS,
         "from_logits_of_few_rows": FROM_LOGITS_OF_FEW,
+        "matrix_units": has_matrix_units(),
     }
 
 

@@ -9,14 +9,12 @@ products with them, nothing else: NaN and infinity stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Loop = TypeVar("Loop", bound=Callable[..., Any])
+from layerscope.products.compiling import compiled
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -46,22 +44,6 @@ _L6, _L7, _L8 = np.float32(0.21736586), np.float32(-0.21028954), np.float32(0.12
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 _SUMS = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def compiled(
-    signature: str | None = None, *, fastmath: set[str], inline: bool = False
-) -> Callable[[Loop], Loop]:
-    """Compile a loop that runs without the interpreter lock, and keep it on disk if that can be."""
-
-    def compile_it(loop: Loop) -> Loop:
-        options = {"nogil": True, "fastmath": fastmath, "forceinline": inline}
-        make = cast("Callable[..., Callable[[Loop], Loop]]", numba.njit)
-        try:
-            return make(signature, cache=True, **options)(loop)
-        except (RuntimeError, OSError):  # no folder that could be written to
-            return make(signature, **options)(loop)
-
-    return compile_it
 
 
 @compiled(fastmath={"contract"}, inline=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerscope.products import ProductChoice
 from layerscope.products import products as product_scope
+from layerscope.products.choice import MATRIX_UNITS
 from layerscope.readout.job import BITS, Job, take
 from layerscope.readout.plan import Budget, Tile
 from layerscope.readout.unembedding import untransformed
@@ -19,6 +20,7 @@ from layerscope.readout.workers import Workers
 # Products of few rows with a wide matrix miss the fast routines of MKL; narrow ones find them.
 _FEW_ROWS = 32
 _NARROW = 512
+_MANY_ROWS = 96  # from which on the matrix units are worth their while
 _SHARES = 4  # slices for each worker where they are shared out finely
 
 
@@ -37,7 +39,7 @@ def multiply(
 
     Low-precision weights are converted to float32 slice by slice, in each worker's `converted`.
     The compiled product of few rows, where it is given, takes the place of torch's; it needs
-    rows of weights whose entries lie side by side.
+    rows of weights whose entries lie side by side. So does that of the matrix units.
     """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
@@ -46,6 +48,11 @@ def multiply(
         size = min(size, -(-len(weight) // (_SHARES * budget.workers)))
     slices = [slice(first, first + size) for first in range(0, len(weight), size)]
     left = iter(slices)
+    columns = None
+    if dots is None and products.precision == MATRIX_UNITS and len(vectors) >= _MANY_ROWS:
+        from layerscope.products import matrix_units
+
+        columns = matrix_units.Columns.of(in_bits.T)
 
     def work(_share: int, worker: int) -> None:
         for tokens in left:  # whoever is free takes the next
@@ -54,6 +61,8 @@ def multiply(
                 part = converted[worker][: len(part)].copy_(part)
             if dots is not None and part.stride(1) == 1:
                 dots.multiply(in_bits.numpy(), part.numpy(), out[:, tokens].numpy())
+            elif columns is not None and part.stride(1) == 1:
+                columns.multiply(part, out[:, tokens].T)
             else:
                 _multiply(in_bits, part, out=out[:, tokens])
 

@@ -63,9 +63,9 @@ def readout(
     """
     job = Job(hidden, unembedding, request or Request(), reference, against, tokens, token_sets)
     job.check()
-    if isinstance(products, str):
-        products = choose(products, device=hidden.device)
     compiled = fused.load(kernels, job)
+    if isinstance(products, str):
+        products = choose(products, device=hidden.device, compiled=compiled is not None)
     workers = Workers.of(hidden.device)
     budget = Budget.of(
         budget_bytes,

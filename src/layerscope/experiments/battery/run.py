@@ -266,7 +266,9 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
         watch,
         battery={"name": planned.battery.name, "sha256": planned.battery.digest()},
         lenses={entry.name: {**entry.to_dict(), "folder": entry.folder} for entry in planned.found},
-        readout_products=choose(config.products, device=device).to_dict(),
+        readout_products=choose(
+            config.products, device=device, compiled=planned.kernels == "fused"
+        ).to_dict(),
         readout_kernels={**describe_kernels(), "used": planned.kernels},
         run_products=choose(config.run_products, device=device).to_dict(),
     )

@@ -242,7 +242,9 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
             entry.name: {**entry.to_dict(), "folder": entry.folder} for entry in planned.found
         },
         "model": model.provenance(),
-        "readout_products": choose(planned.config.products, device=model.device).to_dict(),
+        "readout_products": choose(
+            planned.config.products, device=model.device, compiled=False
+        ).to_dict(),
         "readout_kernels": describe_kernels(),
         "run_products": choose(planned.config.run_products, device=model.device).to_dict(),
         "versions": provenance.versions(),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from layerscope import products as module
 from layerscope.errors import ConfigError
 from layerscope.products import ProductChoice, choose, products
+from layerscope.products import choice as module
 
 MKLDNN: Any = torch.backends.mkldnn.matmul
 CUDA: Any = torch.backends.cuda.matmul
@@ -56,12 +56,15 @@ def test_the_checked_product_is_float32_accurate() -> None:
         ({"highest": 1e-6, "medium": 1e-2, "high": 1e-6}, "high"),
         ({"highest": 1e-6, "medium": 1e-2, "high": 1e-3}, "highest"),
         ({"highest": 1e-6, "medium": float("inf"), "high": 5e-6}, "highest"),
+        ({"matrix units": 2e-6, "highest": 1e-6, "medium": 1e-6}, "matrix units"),
+        ({"matrix units": 1e-2, "highest": 1e-6, "medium": 3e-6}, "medium"),
     ],
 )
-def test_a_setting_that_rounds_operands_is_rejected(
+def test_what_rounds_operands_is_rejected(
     monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], expected: str
 ) -> None:
     monkeypatch.setattr(module, "_relative_error", errors.__getitem__)
+    monkeypatch.setattr(module, "has_matrix_units", lambda: "matrix units" in errors)
     module._checked_on_cpu.cache_clear()
     try:
         choice = choose("checked")
@@ -69,7 +72,7 @@ def test_a_setting_that_rounds_operands_is_rejected(
         module._checked_on_cpu.cache_clear()
     assert choice.precision == expected
     assert choice.max_error == errors[expected]
-    if errors["medium"] > 4e-6:
+    if max(errors["medium"], errors.get("matrix units", 0.0)) > 4e-6:
         assert "rejected" in choice.reason
 
 

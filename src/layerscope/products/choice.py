@@ -6,6 +6,9 @@ products, but on a CPU without matrix units for bfloat16 it merely selects oneDN
 computes in float32. Whether that is so on the machine at hand is measured once per process against
 float64; no timing enters the decision, so it is the same on every run.
 
+On a CPU with matrix units for bfloat16 (AMX) that setting rounds operands, and is rejected. There
+products of our own make float32 out of bfloat16 parts (`matrix_units`), and pass the same check.
+
 Readouts of few rows may take a product of their own (`layerscope.readout.dots`), whose error is
 bounded on any CPU; what is chosen here does not touch it.
 """
@@ -22,15 +25,18 @@ import torch
 from torch import Tensor
 
 from layerscope.errors import ConfigError, nearest
+from layerscope.products.hardware import has_matrix_units
 
 Products = Literal["default", "checked"]
 
 _REQUESTS = ("default", "checked")
-# Preferred first. "medium" permits what "high" permits and more, so it is never the slower one.
+MATRIX_UNITS = "matrix units"
+# Preferred first, after the matrix units. "medium" permits what "high" permits and more, so it is
+# never the slower one.
 _CANDIDATES = ("medium", "high")
 _TOLERANCE = 4.0  # an error up to this multiple of the default's counts as float32-accurate
 # (rows, d_model, vocab): one long reduction of a wide model, one short and wide product.
-_CHECK_SHAPES = ((48, 2048, 512), (208, 256, 1024))
+_CHECK_SHAPES = ((64, 2048, 512), (208, 256, 1024))
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class ProductChoice:
     Attributes:
         requested: "default" or "checked".
         precision: what `products` sets, "highest" | "high" | "medium"; "unchanged" leaves torch
-            as it was found.
+            as it was found; "matrix units" is "highest" with large products of our own.
         max_error: largest absolute error of the chosen product against float64, over the
             root-mean-square of the exact result; None where nothing was measured.
         reference_error: the same for torch's "highest".
@@ -63,6 +69,7 @@ def choose(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    compiled: bool = True,
 ) -> ProductChoice:
     """Decide which product serves `requested` on this device, measuring once per process.
 
@@ -72,6 +79,7 @@ def choose(
         device: where the products will run. Away from the CPU "checked" never leaves full
             float32: TF32 keeps 10 bits of the significand.
         dtype: dtype of the operands; the setting concerns float32 only.
+        compiled: whether products of our own may be loaded, which takes half a second.
 
     Raises:
         ConfigError: `requested` is neither "default" nor "checked".
@@ -96,14 +104,15 @@ def choose(
             None,
             f"on {kind} the faster settings round operands (TF32), which is not float32-accurate",
         )
-    return _checked_on_cpu()
+    return _checked_on_cpu(compiled and has_matrix_units())
 
 
-@functools.lru_cache(maxsize=1)
-def _checked_on_cpu() -> ProductChoice:
+@functools.lru_cache(maxsize=2)
+def _checked_on_cpu(matrix_units: bool) -> ProductChoice:
     reference = _relative_error("highest")
     rejected: list[str] = []
-    for precision in _CANDIDATES:
+    candidates = (MATRIX_UNITS, *_CANDIDATES) if matrix_units else _CANDIDATES
+    for precision in candidates:
         error = _relative_error(precision)
         if error <= _TOLERANCE * reference:
             return ProductChoice(
@@ -132,10 +141,18 @@ def _relative_error(precision: str) -> float:
         left = torch.randn(rows, width, generator=generator)
         right = torch.randn(tokens, width, generator=generator)
         exact = left.double() @ right.double().T
-        with _float32_precision(precision):
-            product = left @ right.T
+        product = _product(precision, left, right.T)
         worst = max(worst, _error(product, exact))
     return worst
+
+
+def _product(precision: str, left: Tensor, right: Tensor) -> Tensor:
+    if precision == MATRIX_UNITS:  # without a scope: torch takes a second to enter the first one
+        from layerscope.products import matrix_units
+
+        return matrix_units.product(left, right)
+    with _float32_precision(precision):
+        return left @ right
 
 
 def _error(product: Tensor, exact: Tensor) -> float:
@@ -157,8 +174,20 @@ def products(requested: Products | ProductChoice) -> Generator[ProductChoice]:
     if choice.precision == "unchanged":
         yield choice
         return
-    with _float32_precision(choice.precision):
+    with _scope(choice.precision):
         yield choice
+
+
+@contextmanager
+def _scope(precision: str) -> Generator[None]:
+    if precision == MATRIX_UNITS:
+        from layerscope.products.replacing import MatrixUnits
+
+        with _float32_precision("highest"), MatrixUnits():
+            yield
+        return
+    with _float32_precision(precision):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""How loops of our own are compiled: by numba, without the interpreter lock, kept on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+_CALLBACKS: list[Any] = []  # what C may call must not be collected
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def compiled(
+    signature: str | None = None, *, fastmath: set[str], inline: bool = False
+) -> Callable[[Loop], Loop]:
+    """Compile a loop that runs without the interpreter lock, and keep it on disk if that can be."""
+
+    def compile_it(loop: Loop) -> Loop:
+        options = {"nogil": True, "fastmath": fastmath, "forceinline": inline}
+        make = cast("Callable[..., Callable[[Loop], Loop]]", numba.njit)
+        try:
+            return make(signature, cache=True, **options)(loop)
+        except (RuntimeError, OSError):  # no folder that could be written to
+            return make(signature, **options)(loop)
+
+    return compile_it
+
+
+def callback(signature: str) -> Callable[[Callable[..., None]], int]:
+    """Compile a loop for callers in C, and return its address."""
+
+    def compile_it(loop: Callable[..., None]) -> int:
+        make = cast("Callable[..., Callable[[Any], Any]]", numba.cfunc)
+        try:
+            found = make(signature, cache=True)(loop)
+        except (RuntimeError, OSError):  # no folder that could be written to
+            found = make(signature)(loop)
+        _CALLBACKS.append(found)
+        return int(found.address)
+
+    return compile_it
