@@ -16,7 +16,8 @@ from layerscope.models import load
 DEMO = str(model_path())
 STEER = [
     "steer", DEMO, "--contrast", "demo:reviews", "--layer", "4", "--layer", "6", "--alpha=-0.3,0.3",
-    "--random", "2", "-n", "6", "--prompt", "I watched The Silver River last week. The music was",
+    "--random", "2", "-n", "6", "--kl", "0.1",
+    "--prompt", "I watched The Silver River last week. The music was",
 ]  # fmt: skip
 FV = ["fv", DEMO, "--task", "demo:spanish", "--prompts", "8", "--trials", "6", "--heads", "1,5"]
 
@@ -24,7 +25,7 @@ FV = ["fv", DEMO, "--task", "demo:spanish", "--prompts", "8", "--trials", "6", "
 @pytest.mark.parametrize(
     ("words", "tables"),
     (
-        (STEER, {"layers", "responses", "slopes", "texts", "vector"}),
+        (STEER, {"layers", "responses", "slopes", "texts", "damage", "calibration", "vector"}),
         (FV, {"heads", "effects", "sweep", "queries", "vector"}),
     ),
     ids=("steer", "fv"),
@@ -57,6 +58,10 @@ def test_mistakes_are_one_line(tmp_path, capsys):
             "numbers split by commas",
         ),
         (["steer", DEMO, "--contrast", "demo:reviews", "--layer", "99"], "there is no layer 99"),
+        (
+            ["steer", DEMO, "--contrast", "demo:reviews", "--neutral", str(tmp_path / "no.txt")],
+            "cannot be read as lines of text",
+        ),
         (["fv", DEMO, "--task", "demo:latin"], "unknown task 'latin'"),
         (["fv", DEMO, "--task", "demo:past", "--heads", "few"], "numbers split by commas"),
         (["fv", DEMO, "--task", "demo:past", "--layout", "Q:|A:"], "three texts split by |"),

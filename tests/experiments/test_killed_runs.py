@@ -31,7 +31,8 @@ from layerscope.experiments.patching import (
 from layerscope.experiments.patching.questions import Question
 from layerscope.experiments.path_patching import PathConfig, path_patch
 from layerscope.experiments.units import Outcome
-from layerscope.files import canonical_json
+from layerscope.files import canonical_json, sha256_text
+from layerscope.interventions.heads import repeated_tokens
 from layerscope.interventions.patching import PromptPair
 from support.loaded import loaded
 
@@ -127,11 +128,26 @@ def contents(outcome: Outcome) -> dict[str, Any]:
     return {**tables, "summary": canonical_json(outcome.summary)}
 
 
+def tokens_of(name: str) -> list[list[int]]:
+    """Return the rows that a run read, tokenized here; its order of prompts is part of the hash."""
+    model = loaded("llama")
+    if name == "heads":
+        return repeated_tokens(model, n_sequences=2, length=6).batch.ids.tolist()
+    texts = [text for pair in PAIRS for text in (pair.clean, pair.corrupt)]
+    if name in ("trace", "ablate", "back-patch"):
+        texts = [pair.clean for pair in PAIRS]
+    if name == "ablate":
+        texts = texts * 2  # where means come from: the questions themselves
+    return [list(model.tokenize([text]).row_ids(0)) for text in texts]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_and_resumed_gives_the_same_bytes(name: str) -> None:
     do = RUNS[name]
     whole = Disk()
-    expected = contents(do(units=whole))
+    outcome = do(units=whole)
+    expected = contents(outcome)
+    assert outcome.provenance["tokens_sha256"] == sha256_text(canonical_json(tokens_of(name)))
     assert whole.found == 0  # every unit has a key of its own
     disk = Disk()
     for life in sorted({1, len(whole.kept) - 1}):  # killed again and again, as runs are

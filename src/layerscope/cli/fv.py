@@ -18,6 +18,7 @@ from layerscope.cli.common import (
     StoreOption,
     console,
     emit_json,
+    numbers,
     say_files,
     say_warnings,
 )
@@ -68,6 +69,12 @@ def register(app: typer.Typer) -> None:
                 "vector is tried as well; may be repeated.",
             ),
         ] = None,
+        band: Annotated[
+            str,
+            typer.Option(
+                "--band", help="Zero-shot accuracy, least and largest, that allows a claim."
+            ),
+        ] = "0,0.5",
         seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
         save: Annotated[
             Path | None, typer.Option("--save", help="Folder for the vector, to steer with.")
@@ -102,6 +109,7 @@ def register(app: typer.Typer) -> None:
             corruption=corruption,  # type: ignore[arg-type]
             layout=layout_of,
             texts=tuple(text or ()),
+            transfer_band=_band(band),
             seed=seed,
         )
         opened = load_quietly(lambda: load(model, device=device, dtype=dtype), model)
@@ -148,6 +156,15 @@ def _layout(task: str, given: str | None) -> Layout:
             f"a layout has three texts split by |, not {len(parts)}: before|between|after"
         )
     return Layout(*parts)
+
+
+def _band(text: str) -> tuple[float, float]:
+    from layerscope.errors import ConfigError
+
+    found = numbers(text, "--band")
+    if len(found) != 2:
+        raise ConfigError(f"--band takes two accuracies, such as 0,0.5, not {text!r}")
+    return found[0], found[1]
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -198,5 +215,12 @@ def _show(summary: dict[str, Any], where: Path) -> None:
         shares = (row["none"], row["vector"], row["random_mean"])
         table.add_row(row["text"], *("" if share is None else f"{share:.0%}" for share in shares))
     screen.print(table)
+    transfer = summary["transfer"]
+    screen.print(
+        f"transfer {transfer['verdict']}: {transfer['reason']}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     say_warnings(summary["warnings"])
     say_files([where])

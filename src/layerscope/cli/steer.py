@@ -74,6 +74,17 @@ def register(app: typer.Typer) -> None:
         random_directions: Annotated[
             int, typer.Option("--random", help="Random directions, as control.")
         ] = 20,
+        kl: Annotated[
+            float | None,
+            typer.Option(
+                "--kl",
+                help="Also find the strength that changes neutral texts by so many bits per token.",
+            ),
+        ] = None,
+        neutral: Annotated[
+            Path | None,
+            typer.Option("--neutral", help="Neutral texts, one a line. Default: ten sentences."),
+        ] = None,
         max_new_tokens: Annotated[
             int, typer.Option("--max-new-tokens", "-n", help="Of texts.")
         ] = 40,
@@ -95,11 +106,12 @@ def register(app: typer.Typer) -> None:
         directions and prompting, and writes texts at every strength with their coherence.
 
         - `layerscope steer ./my-model --contrast pairs.yaml --prompt "The film" --alpha=-1,1`
+        - `layerscope steer ./my-model --contrast pairs.yaml --kl 0.2` and a strength to use
         - `layerscope steer DEMO --contrast demo:reviews` with the embedded model
         """
         from layerscope.cli.keep import KeepOptions, keep, load_quietly
         from layerscope.experiments.steering import SteeringConfig
-        from layerscope.experiments.steering.builtin import DEMO, demo_openings
+        from layerscope.experiments.steering.builtin import DEMO, NEUTRAL, demo_openings
         from layerscope.experiments.steering.run import NAME, execute, plan
         from layerscope.interventions.steering.contrasts import read_contrasts
         from layerscope.models import load
@@ -115,6 +127,8 @@ def register(app: typer.Typer) -> None:
             mode=mode,  # type: ignore[arg-type]
             scope=scope,
             random_directions=random_directions,
+            neutral=NEUTRAL if neutral is None else _lines(neutral),
+            kl_bits=kl,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -146,6 +160,16 @@ def register(app: typer.Typer) -> None:
             emit_json(kept.to_dict())
         else:
             _show(kept.outcome, kept.report or kept.run_dir)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    from layerscope.errors import PromptError
+
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read as lines of text: {error}") from None
+    return tuple(line for line in lines if line)
 
 
 def _contrasts(
@@ -198,11 +222,21 @@ def _show(outcome: Any, where: Path) -> None:
     table = Table()
     table.add_column("condition")
     table.add_column("mean", justify="right")
+    table.add_column("neutral texts, bits per token", justify="right")
     for alpha, value in moved["by_alpha"].items():
-        table.add_row(f"vector, alpha {alpha}", f"{value:.2f}")
+        bits = summary["neutral"]["bits_by_alpha"][alpha]
+        table.add_row(f"vector, alpha {alpha}", f"{value:.2f}", f"{bits:.3f}")
     for key in ("after_negative_texts", "after_positive_texts"):
         table.add_row(key.replace("_", " "), f"{moved[key]:.2f}")
     screen.print(table)
+    strength = summary["calibration"]
+    if strength is not None and strength["alpha"] is not None:
+        screen.print(
+            f"alpha {strength['alpha']:.3g} changes neutral texts by {strength['bits']:.3g} bits "
+            f"per token ({strength['target_bits']:g} asked for)",
+            highlight=False,
+            soft_wrap=True,
+        )
     screen.print(
         f"slope {fit['mean_slope']:.2f} nats per typical residual length ({fit['low']:.2f} to "
         f"{fit['high']:.2f}); {fit['anti_steerable']:.0%} of examples move the other way; random "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,13 +96,24 @@ def describe_run(
     model: LanguageModel,
     config: Mapping[str, Any],
     watch: provenance.Stopwatch,
+    *,
+    read: Iterable[Sequence[int]] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Return the provenance of a run: configuration, model, versions, machine, timing, memory."""
+    """Return the provenance of a run: configuration, model, versions, machine, timing, memory.
+
+    Args:
+        read: token rows as the model was given them, special tokens included: what templates and
+            tokenizer made of the prompts. Their hash is stored, so that runs over other tokens are
+            told apart whatever the prompts were called.
+    """
+    rows = None if read is None else [[int(token) for token in row] for row in read]
+    tokens = {} if rows is None else {"tokens_sha256": sha256_text(canonical_json(rows))}
     return {
         "experiment": experiment,
         "config": dict(config),
         **more,
+        **tokens,
         "model": model.provenance(),
         "versions": provenance.versions(),
         "machine": provenance.machine(),

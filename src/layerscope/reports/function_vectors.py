@@ -39,11 +39,12 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     zero, chosen = summary["test_top1"]["zero_shot"], summary["chosen"]
     count = len(chosen["heads"])
     heads = "head" if count == 1 else "heads"
+    transfer = summary["transfer"]
     beside = "" if zero["random_mean"] is None else f"; random heads: {zero['random_mean']:.0%}"
     return (
         f"Without examples {zero['none']:.0%} of {summary['test_queries']} test queries are "
         f"answered, with the vector of {count} {heads} after block {chosen['layer']} "
-        f"{zero['vector']:.0%}{beside}."
+        f"{zero['vector']:.0%}{beside}. Transfer {transfer['verdict']}: {transfer['reason']}."
     )
 
 

@@ -50,25 +50,36 @@ def _headline(outcome: Outcome) -> Section:
     summary = outcome.summary
     fit, moved = summary["response"], summary["propensity"]
     alphas = list(moved["by_alpha"])
+    neutral = summary["neutral"]
+    bits, random = neutral["bits_by_alpha"], neutral["random_bits_by_alpha"]
     parts: list[Part] = [
         Figures(
             [
                 ("mean slope", fit["mean_slope"], "nats per typical residual length"),
                 ("examples that move the other way", fit["anti_steerable"], "share"),
                 ("typical residual length", summary["typical_norm"], "median, BOS left out"),
+                *_calibrated(summary),
                 ("95% cone of the direction", summary["cone_degrees"], "degrees, bootstrap"),
             ]
         ),
         Table(
-            ("condition", "log P(positive) - log P(negative), nats"),
+            (
+                "condition",
+                "log P(positive) - log P(negative), nats",
+                "change of neutral texts, bits per token",
+                "by a random direction",
+            ),
             [
-                ("unsteered", moved["unsteered"]),
-                (f"vector at alpha {alphas[0]}", moved["by_alpha"][alphas[0]]),
-                (f"vector at alpha {alphas[-1]}", moved["by_alpha"][alphas[-1]]),
-                ("after negative texts (prompting)", moved["after_negative_texts"]),
-                ("after positive texts (prompting)", moved["after_positive_texts"]),
+                ("unsteered", moved["unsteered"], 0.0, 0.0),
+                *(
+                    (f"vector at alpha {at}", moved["by_alpha"][at], bits[at], random[at])
+                    for at in (alphas[0], alphas[-1])
+                ),
+                ("after negative texts (prompting)", moved["after_negative_texts"], None, None),
+                ("after positive texts (prompting)", moved["after_positive_texts"], None, None),
             ],
-            "Mean over the test examples",
+            "Mean over the test examples, and what the same strength does to texts that have "
+            "nothing to do with them",
         ),
     ]
     if summary["warnings"]:
@@ -77,6 +88,14 @@ def _headline(outcome: Outcome) -> Section:
         ]
         parts.append(Reasons(notes))
     return Section("What the vector does", parts)
+
+
+def _calibrated(summary: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    found = summary["calibration"]
+    if found is None or found["alpha"] is None:
+        return []
+    note = f"changes neutral texts by {found['bits']:.3g} bits per token"
+    return [("alpha found", found["alpha"], note)]
 
 
 def _dose(outcome: Outcome) -> Section:
@@ -101,6 +120,11 @@ def _dose(outcome: Outcome) -> Section:
     )
     series["random directions"] = list(spread.select("alpha", "mean").rows())
     band = list(spread.select("alpha", "low", "high").rows())
+    damage = outcome.tables["damage"]
+    hurt = {
+        label: list(damage.filter(kind=kind).select("alpha", "bits").rows())
+        for label, kind in (("vector", "vector"), ("random direction", "random"))
+    }
     own = slopes.filter(kind="vector").sort("slope")["slope"].to_list()
     return Section(
         "Dose and response",
@@ -113,6 +137,12 @@ def _dose(outcome: Outcome) -> Section:
                         "nats",
                         "Propensity by strength; shade: lowest and highest random direction",
                         bands={"random directions": band},
+                    ),
+                    Lines(
+                        hurt,
+                        "alpha, typical residual lengths",
+                        "bits per token",
+                        "Change of neutral texts: KL of the next token, unsteered to steered",
                     ),
                     Lines(
                         {"vector": [(float(at), value) for at, value in enumerate(own)]},
@@ -175,8 +205,10 @@ def _texts(outcome: Outcome) -> Section:
         drawings.append(lines("share_positive", "Share of texts that a classifier calls positive"))
     texts = outcome.tables["texts"].filter(kind="vector")
     columns = ("alpha", "prompt", "text", "perplexity", "score")
+    error, judged = outcome.summary["classifier_error"], outcome.summary["classifier_texts"]
     return Section(
         "Texts and their coherence",
         [Multiples(drawings), Table(columns, texts.select(columns).rows(), "Every text")],
-        "The classifier counts words of contrasts that the vector was not made from.",
+        "The classifier counts words of contrasts that the vector was not made from"
+        + ("." if error is None else f"; it is wrong on {error:.1%} of the {judged} texts it was."),
     )

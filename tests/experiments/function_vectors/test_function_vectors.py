@@ -61,10 +61,29 @@ def test_a_model_that_needs_no_pairing_is_told_so():
     assert control["low"] < control["aie"] < control["high"]
 
 
+def test_transfer_is_claimed_over_its_rivals_and_only_inside_the_band():
+    for name in ("antonym", "spanish"):
+        summary = outcome(name).summary
+        transfer, zero = summary["transfer"], summary["test_top1"]["zero_shot"]
+        assert transfer["verdict"] == "supported" and transfer["zero_shot"] == zero["none"] <= 0.5
+        rival = max(zero["none"], zero["random_best"])
+        assert transfer["over_rivals"] == pytest.approx(zero["vector"] - rival)
+    # Most past tenses are guessed without a vector: its perfect score claims nothing.
+    summary = outcome("past").summary
+    assert summary["test_top1"]["zero_shot"]["none"] > 0.5
+    assert summary["test_top1"]["zero_shot"]["vector"] == 1.0
+    assert summary["transfer"]["verdict"] == "refused"
+    assert summary["transfer"]["over_rivals"] is None
+    assert any("no claim of transfer: without examples" in line for line in summary["warnings"])
+    for wrong in ((0.5, 0.5), (-0.1, 0.5), (0.0, 1.5)):
+        with pytest.raises(ConfigError, match="transfer_band is two accuracies"):
+            FunctionVectorConfig(transfer_band=wrong)
+
+
 def test_the_page_says_what_was_found(tmp_path):
     page = write_function_vectors(outcome("spanish"), tmp_path / "page.html").read_text("utf-8")
     assert "Function vector: spanish" in page and "Average indirect effect" in page
-    assert "hardly hurts" in page
+    assert "hardly hurts" in page and "Transfer supported" in page
 
 
 class Units:

@@ -216,6 +216,7 @@ def execute(
         model,
         config.to_dict(),
         watch,
+        read=[*(one.ids for one in used), *planned.references.ids],
         model_name=model.name,
         metrics=list(planned.metrics),
         reference_prompts=len(planned.references.ids),

@@ -122,7 +122,9 @@ def execute(
         tables["curves"] = curves(metric, planned.prepared.contrast())
     tables["pairs"] = planned.prepared.table
     summary = summarise(verification, tables, edge_scores, config, notes)
-    account = describe_run(NAME, model, config.to_dict(), watch, pairs=len(planned.prepared.pairs))
+    used = planned.prepared.pairs
+    read = [ids for pair in used for ids in (pair.clean, pair.corrupt)]
+    account = describe_run(NAME, model, config.to_dict(), watch, read=read, pairs=len(used))
     return Outcome(tables, summary, account)
 
 

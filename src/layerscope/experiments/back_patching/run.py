@@ -208,6 +208,7 @@ def execute(
         model,
         config.to_dict(),
         watch,
+        read=[one.ids for one in used],
         model_name=model.name,
         plan={**planned.cost.to_dict(), "text": planned.describe()},
     )

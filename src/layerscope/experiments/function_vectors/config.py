@@ -29,6 +29,9 @@ class FunctionVectorConfig:
         layout: how prompts are written.
         texts: sentences with {input} that end where the answer begins; the chosen vector is also
             tried in these, where nothing looks like the prompts that it was found in.
+        transfer_band: least and largest zero-shot accuracy without the vector that allow a claim of
+            transfer: where queries are answered without examples anyway, or hardly ever can be,
+            what the vector adds says nothing about the task.
         coefficient: what the vector is multiplied by.
         seed: of every draw.
     """
@@ -44,6 +47,7 @@ class FunctionVectorConfig:
     test: float = 0.3
     layout: Layout = field(default_factory=Layout)
     texts: tuple[str, ...] = ()
+    transfer_band: tuple[float, float] = (0.0, 0.5)
     coefficient: float = 1.0
     seed: int = 0
 
@@ -61,6 +65,11 @@ class FunctionVectorConfig:
         for text in self.texts:
             if text.count("{input}") != 1:
                 raise ConfigError(f"the text {text!r} needs {{input}} once, where the query stands")
+        low, high = self.transfer_band
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"transfer_band is two accuracies such as (0, 0.5), got {low}, {high}"
+            )
         for name in ("validation", "test"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
@@ -69,4 +78,5 @@ class FunctionVectorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, ready for JSON."""
-        return {**asdict(self), "heads": list(self.heads), "texts": list(self.texts)}
+        lists = {name: list(getattr(self, name)) for name in ("heads", "texts", "transfer_band")}
+        return {**asdict(self), **lists}

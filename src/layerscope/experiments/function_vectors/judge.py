@@ -10,6 +10,7 @@ import polars as pl
 from layerscope.experiments.function_vectors.config import FunctionVectorConfig
 from layerscope.experiments.function_vectors.sweep import HeadSet
 
+LEAST_GAIN = 0.1  # of accuracy, over no vector and over the best of random heads
 _KEYS = ("part", "setting", "kind", "heads", "draw", "layer")
 
 
@@ -65,10 +66,35 @@ def summarise(
         "test_queries": sweep.filter(part="test", setting="clean")["queries"].item(),
         "test_top1": test,
         "gain_zero_shot": gains,
+        "transfer": _transfer(zero, config),
         "baselines": dict(baselines),
     }
     summary["warnings"] = _warnings(summary, heads, config)
     return summary
+
+
+def _transfer(zero: Mapping[str, Any], config: FunctionVectorConfig) -> dict[str, Any]:
+    """Say whether the vector carries the task to prompts without examples, where that can be."""
+    low, high = config.transfer_band
+    plain, best = zero["none"], zero["random_best"]
+    rival = plain if best is None else max(plain, best)
+    claim: dict[str, Any] = {"zero_shot": plain, "band": [low, high], "over_rivals": None}
+    if not low <= plain <= high:
+        reason = (
+            f"without examples or vector {plain:.0%} are right, outside the {low:.0%} to "
+            f"{high:.0%} in which a gain says that the task was carried over"
+        )
+        return {**claim, "verdict": "refused", "reason": reason}
+    gain = zero["vector"] - rival
+    held = gain >= LEAST_GAIN
+    than = "no vector and any vector of random heads"
+    reason = f"{abs(gain):.0%} {'more' if gain >= 0 else 'fewer'} right than with {than}"
+    return {
+        **claim,
+        "over_rivals": gain,
+        "verdict": "supported" if held else "not supported",
+        "reason": reason,
+    }
 
 
 def in_texts(sweep: pl.DataFrame) -> list[dict[str, Any]]:
@@ -126,11 +152,11 @@ def _warnings(
             f"the interval of the effect of {', '.join(unsure)} includes zero: measure in more "
             "prompts, or use fewer heads"
         )
-    zero = test["zero_shot"]
-    if zero["none"] > 0.5:
+    zero, transfer = test["zero_shot"], summary["transfer"]
+    if transfer["verdict"] == "refused":
         notes.append(
-            f"without examples or vector {zero['none']:.0%} are right already, so the vector "
-            f"can gain {1 - zero['none']:.0%} at most; test on queries that several tasks could ask"
+            f"no claim of transfer: {transfer['reason']}; test on queries that several tasks could "
+            "ask"
         )
     if zero["random_mean"] is not None and zero["vector"] - zero["random_mean"] < 0.1:
         notes.append(

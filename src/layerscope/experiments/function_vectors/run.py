@@ -168,10 +168,19 @@ def execute(
         model,
         config.to_dict(),
         watch,
+        read=_rows_read(planned),
         model_name=model.name,
         task={"name": planned.task.name, "pairs": len(planned.task.pairs)},
     )
     return Outcome(tables, {"task": planned.task.name, **summary}, account)
+
+
+def _rows_read(planned: Plan) -> list[Sequence[int]]:
+    """Return the tokens of every prompt as it was written, with and without examples."""
+    trials = [*planned.training, *planned.validation, *planned.test]
+    trials += [trial for some in planned.texts.values() for trial in some]
+    texts = [text for one in trials for text in (one.clean, one.shuffled, one.zero_shot)]
+    return [planned.model.tokenize([text]).row_ids(0) for text in texts]
 
 
 class _Run:

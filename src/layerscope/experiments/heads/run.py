@@ -170,7 +170,10 @@ def execute(
         (ablated,) = stage("ablation", [lambda: _ablation(planned, found)], total - 1, found)
         tables["ablation"] = ablated.rows
     summary = _summary(planned, table, found, tables.get("ablation"), scored.payload)
-    return Outcome(tables, summary, describe_run(NAME, model, config.to_dict(), watch))
+    account = describe_run(
+        NAME, model, config.to_dict(), watch, read=planned.repeated.batch.ids.tolist()
+    )
+    return Outcome(tables, summary, account)
 
 
 def _scores(planned: Plan) -> Piece:

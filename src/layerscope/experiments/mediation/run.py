@@ -137,7 +137,9 @@ def execute(
     whole = _whole(planned, effects)
     tables = {"mediation": whole.table(), "effects": effects, "pairs": planned.prepared.table}
     summary = _summary(planned, whole, tables["mediation"])
-    account = describe_run(NAME, model, config.to_dict(), watch, pairs=len(planned.prepared.pairs))
+    used = planned.prepared.pairs
+    read = [ids for pair in used for ids in (pair.clean, pair.corrupt)]
+    account = describe_run(NAME, model, config.to_dict(), watch, read=read, pairs=len(used))
     return Outcome(tables, summary, account)
 
 

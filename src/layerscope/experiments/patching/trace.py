@@ -251,6 +251,7 @@ def execute_trace(
             model,
             config.to_dict(),
             watch,
+            read=[subject.ids for _, subject in planned.facts],
             model_name=model.name,
             plan={**planned.cost.to_dict(), "text": planned.describe()},
             noise=planned.noise,

@@ -184,6 +184,7 @@ def execute(
         model,
         config.to_dict(),
         watch,
+        read=[ids for pair in used for ids in (pair.clean, pair.corrupt)],
         model_name=model.name,
         plan={
             **planned.cost.to_dict(),

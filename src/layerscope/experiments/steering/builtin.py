@@ -1,4 +1,4 @@
-"""A contrast set for the embedded model: reviews that praise or blame."""
+"""Neutral texts, and contrasts for the embedded model: reviews that praise or blame."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from random import Random
 from layerscope.interventions.steering.contrasts import Contrast, ContrastSet
 
 DEMO = "demo:reviews"
+NEUTRAL = (
+    "The train to the coast leaves at nine in the morning.",
+    "There are seven days in a week and twelve months in a year.",
+    "She put the keys on the table and closed the door.",
+    "Water turns into ice when it gets cold enough.",
+    "The capital of France is Paris.",
+    "My brother works in an office near the river.",
+    "The library is open from Monday to Friday.",
+    "Two and three make five.",
+    "He bought some bread and milk on his way home.",
+    "In winter the sun sets early in the north.",
+)
+"""Sentences of no property in particular, whose next tokens steering should leave alone."""
 _OPENINGS = (
     ("I watched The Silver River last week.", ("acting", "story", "music", "ending", "cast")),
     ("I read Seven Lanterns last week.", ("story", "writing", "plot", "ending", "hero")),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerscope.errors import ConfigError, nearest
+from layerscope.experiments.steering.builtin import NEUTRAL
 from layerscope.interventions.steering.estimators import ESTIMATORS, Estimator
 from layerscope.interventions.steering.states import READ_AT, ReadAt
 from layerscope.interventions.steering.vector import Mode
@@ -27,6 +28,9 @@ class SteeringConfig:
         shots: texts put in front of a prompt, as the prompting baseline.
         validation, test: shares of the contrasts for choosing the layer and for the test.
         max_new_tokens: of the texts.
+        neutral: texts that have nothing to do with the property; how much steering changes the
+            next-token distribution there is what it damages.
+        kl_bits: also find the strength that changes it by so many bits per token; None does not.
         temperature: of the texts; 0 takes the most likely token.
         seed: of every draw.
     """
@@ -42,6 +46,8 @@ class SteeringConfig:
     validation: float = 0.2
     test: float = 0.3
     max_new_tokens: int = 40
+    neutral: tuple[str, ...] = NEUTRAL
+    kl_bits: float | None = None
     temperature: float = 0.0
     seed: int = 0
 
@@ -63,10 +69,15 @@ class SteeringConfig:
         for name in ("random_directions", "shots", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.neutral or not all(text.strip() for text in self.neutral):
+            raise ConfigError("neutral needs one text or more, none of them empty")
+        if self.kl_bits is not None and not self.kl_bits > 0:
+            raise ConfigError(f"kl_bits must be above 0, got {self.kl_bits}")
         if min(self.validation, self.test) <= 0 or self.validation + self.test >= 1:
             raise ConfigError("validation and test are shares above 0 that leave some for training")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, ready for JSON."""
         layers = None if self.layers is None else list(self.layers)
-        return {**asdict(self), "alphas": list(self.alphas), "layers": layers}
+        lists = {"alphas": list(self.alphas), "neutral": list(self.neutral), "layers": layers}
+        return {**asdict(self), **lists}

@@ -11,6 +11,10 @@ import polars as pl
 from layerscope.experiments.steering.config import SteeringConfig
 from layerscope.interventions.steering.dose import Response
 
+# Fewer of either, and neither the direction nor what chance would do is known well.
+FEWEST_CONTRASTS, FEWEST_RANDOM = 32, 20
+# Bits per token by which texts that should stay as they are may change without a word.
+MUCH = 1.0
 TEXTS = {
     "kind": pl.String,
     "alpha": pl.Float64,
@@ -41,6 +45,10 @@ def summarise(
     left_out: int,
     warnings: Sequence[str],
     classifier: float | None,
+    neutral: pl.DataFrame,
+    calibration: dict[str, Any] | None,
+    per_side: int,
+    judged: int,
 ) -> dict[str, Any]:
     """Return what was found, as plain values."""
     row = layers.row(by_predicate=pl.col("layer") == chosen, named=True)
@@ -58,6 +66,8 @@ def summarise(
         "contrasts": name,
         "layer": chosen,
         "typical_norm": row["typical_norm"],
+        "coefficient_of_alpha_1": row["typical_norm"] / row["vector_norm"],
+        "contrasts_a_side": per_side,
         "cone_degrees": row["cone_degrees"],
         "cosines": {key: row[f"cos_{key}"] for key in ("pca_centred", "pca_pairwise", "probe")},
         "response": fit,
@@ -76,12 +86,24 @@ def summarise(
             "after_positive_texts": _mean(prompting.filter(alpha=1.0)),
             "after_negative_texts": _mean(prompting.filter(alpha=-1.0)),
         },
+        "neutral": {
+            "texts": len(config.neutral),
+            "bits_by_alpha": _by_alpha(neutral, "vector"),
+            "random_bits_by_alpha": _by_alpha(neutral, "random"),
+        },
+        "calibration": calibration,
         "left_out": left_out,
         "classifier_error": classifier,
+        "classifier_texts": judged,
         "texts": _texts(texts),
     }
     summary["warnings"] = [*warnings, *_doubts(summary, texts)]
     return summary
+
+
+def _by_alpha(neutral: pl.DataFrame, kind: str) -> dict[str, float]:
+    rows = neutral.filter(kind=kind).select("alpha", "bits").rows()
+    return {f"{alpha:g}": bits for alpha, bits in rows}
 
 
 def _mean(frame: pl.DataFrame) -> float:
@@ -101,8 +123,42 @@ def _texts(texts: pl.DataFrame) -> list[dict[str, Any]]:
     return grouped.to_dicts()
 
 
-def _doubts(summary: dict[str, Any], texts: pl.DataFrame) -> list[str]:
+def _few(summary: dict[str, Any]) -> list[str]:
     notes: list[str] = []
+    if summary["contrasts_a_side"] < FEWEST_CONTRASTS:
+        notes.append(
+            f"{summary['contrasts_a_side']} contrasts a side are few for a direction, a choice of "
+            f"the layer and a test: give {FEWEST_CONTRASTS} or more"
+        )
+    if summary["random"]["directions"] < FEWEST_RANDOM:
+        notes.append(
+            f"{summary['random']['directions']} random directions say little about chance: take "
+            f"{FEWEST_RANDOM} or more"
+        )
+    return notes
+
+
+def _strength(summary: dict[str, Any]) -> list[str]:
+    notes: list[str] = []
+    hurt = [alpha for alpha, bits in summary["neutral"]["bits_by_alpha"].items() if bits > MUCH]
+    if hurt:
+        notes.append(
+            f"at alpha {', '.join(hurt)} texts that have nothing to do with the contrasts change "
+            f"by more than {MUCH:g} bit per token: look for a smaller strength"
+        )
+    found = summary["calibration"]
+    if found is not None and found["alpha"] is None:
+        notes.append(f"no strength was found: {found['reason']}")
+    elif found is not None and not found["monotone"]:
+        notes.append(
+            "more strength did not always change neutral texts more: the strength found is one of "
+            "several"
+        )
+    return notes
+
+
+def _doubts(summary: dict[str, Any], texts: pl.DataFrame) -> list[str]:
+    notes = _few(summary)
     fit, random = summary["response"], summary["random"]
     if fit["low"] <= 0:
         notes.append(
@@ -128,6 +184,7 @@ def _doubts(summary: dict[str, Any], texts: pl.DataFrame) -> list[str]:
             f"{summary['left_out']} contrasts are no choice after a common prompt and were not "
             "measured"
         )
+    notes += _strength(summary)
     error = summary["classifier_error"]
     if len(texts) and error is not None and error > 0.2:
         notes.append(

@@ -14,6 +14,7 @@ from layerscope.errors import PromptError, SiteError
 from layerscope.experiments import provenance
 from layerscope.experiments.steering.config import SteeringConfig
 from layerscope.experiments.steering.judge import TEXTS, choose_layer, summarise
+from layerscope.experiments.steering.strength import calibration, damage
 from layerscope.experiments.units import (
     Outcome,
     Piece,
@@ -84,8 +85,9 @@ def steering(
 
     Returns:
         tables ``layers`` (directions, agreement of estimators, effect on validation examples),
-        ``responses`` (propensity by direction, alpha and test example), ``slopes``, ``texts`` and
-        ``vector``.
+        ``responses`` (propensity by direction, alpha and test example), ``slopes``, ``texts``,
+        ``damage`` (bits per token by which neutral texts change), ``vector``, and ``calibration``
+        where a strength was to be found.
 
     Raises:
         PromptError: there are too few contrasts, or none that is a choice after a prompt.
@@ -123,6 +125,7 @@ def plan(
         )
     for contrast in contrasts.contrasts:
         model.tokenize(list(contrast.texts))
+    model.tokenize(list(config.neutral))
     if prompts:
         model.tokenize(list(prompts))
     return Plan(
@@ -158,14 +161,19 @@ def execute(
         ],
     }
     n_texts = len(config.alphas) if planned.prompts else 0
-    total = len(planned.layers) + config.random_directions + 2 + n_texts
+    asked = config.kl_bits is not None
+    total = len(planned.layers) + config.random_directions + 4 + n_texts + asked
+
+    def pieces(
+        name: str, do: Callable[[Any], Piece], keys: Sequence[Any], done: int
+    ) -> list[Piece]:
+        works = [Work(work_key(NAME, identity, name, key), partial(do, key)) for key in keys]
+        return run_units(works, units=units, progress=shifted(progress, done, total))
 
     def stage(
         name: str, do: Callable[[Any], Piece], keys: Sequence[Any], done: int
     ) -> pl.DataFrame:
-        works = [Work(work_key(NAME, identity, name, key), partial(do, key)) for key in keys]
-        tell = shifted(progress, done, total)
-        found = run_units(works, units=units, progress=tell)
+        found = pieces(name, do, keys, done)
         return pl.concat([piece.rows for piece in found]) if found else pl.DataFrame(schema=TEXTS)
 
     layers = stage("layers", run.layer, planned.layers, 0)
@@ -175,6 +183,10 @@ def execute(
     responses = stage("dose", partial(run.dose, chosen), kinds, len(planned.layers))
     watch.lap("dose")
     begun = len(planned.layers) + len(kinds)
+    neutral = stage("damage", partial(run.damage, chosen), ("vector", "random"), begun)
+    strengths = pieces("calibration", run.calibration, [chosen] if asked else [], begun + 2)
+    watch.lap("damage")
+    begun += 2 + asked
     alphas = list(config.alphas) if planned.prompts else []
     texts = stage("texts", partial(run.texts, chosen), alphas, begun)
     watch.lap("texts")
@@ -183,18 +195,33 @@ def execute(
     summary = summarise(
         planned.contrasts.name, layers, chosen, slopes, responses, texts, config,
         left_out=planned.left_out, warnings=run.warnings(chosen), classifier=run.classifier_error,
+        neutral=neutral, calibration=strengths[0].payload if strengths else None,
+        per_side=len(planned.contrasts), judged=2 * len(planned.train.contrasts),
     )  # fmt: skip
     tables = {
         "layers": layers,
         "responses": responses,
         "slopes": slopes,
         "texts": texts,
+        "damage": neutral,
+        **({"calibration": strengths[0].rows} if strengths else {}),
         "vector": pl.DataFrame({"value": vector.vector.double().cpu().numpy()}),
     }
     about = {"name": planned.contrasts.name, "contrasts": len(planned.contrasts)}
+    texts_read = [
+        *(text for one in planned.contrasts.contrasts for text in one.texts),
+        *planned.prompts,
+        *config.neutral,
+    ]
+    chosen_from = (*planned.validation, *planned.test)
+    read = [
+        *(planned.model.tokenize([text]).row_ids(0) for text in texts_read),
+        *(ids for one in chosen_from for ids in (one.prompt, one.positive, one.negative)),
+    ]
     account = describe_run(
-        NAME, planned.model, config.to_dict(), watch, contrasts=about, model_name=planned.model.name
-    )
+        NAME, planned.model, config.to_dict(), watch,
+        read=read, contrasts=about, model_name=planned.model.name,
+    )  # fmt: skip
     return Outcome(tables, summary, account)
 
 
@@ -293,6 +320,17 @@ class _Run:
         values = self._propensities(examples, [Dose(direction, alpha) for alpha in alphas])
         name, draw = ("random", kind) if isinstance(kind, int) else ("vector", None)
         return _rows(name, draw, alphas, examples, values)
+
+    def damage(self, layer: int, kind: str) -> Piece:
+        """Measure what the vector, or a random direction, changes on neutral texts."""
+        direction = self.vector(layer)
+        if kind == "random":
+            (direction,) = random_directions(direction, 1, seed=self._config.seed)
+        return damage(self._model, kind, direction, self._config)
+
+    def calibration(self, layer: int) -> Piece:
+        """Find the strength that changes neutral texts as much as was asked for."""
+        return calibration(self._model, self.vector(layer), self._config)
 
     def texts(self, layer: int, alpha: float) -> Piece:
         """Continue the prompts at one strength, under the vector and a random direction."""

@@ -41,6 +41,29 @@ def calibrate(
     return replace(vector, typical_norm=norm), coefficient
 
 
+def kl_bits(
+    model: LanguageModel,
+    vector: SteeringVector,
+    prompts: PromptsLike,
+    alphas: Sequence[float],
+    *,
+    mode: Mode = "add",
+) -> dict[float, float]:
+    """Return KL(unsteered || steered) of the next token, in bits per token, by alpha.
+
+    Averaged over all tokens of the prompts, each of which is steered. On texts that have nothing to
+    do with the direction this is what steering damages.
+    """
+    batch = model.tokenize(prompts)
+    logits = model.run(batch).logits
+    assert logits is not None
+    base = logits.float().log_softmax(-1)
+    found: dict[float, float] = {}
+    for alpha in alphas:  # one at a time: logits of all positions are large
+        found |= _bits(model, vector, batch, base, [alpha], mode)
+    return found
+
+
 @dataclass(frozen=True)
 class KlCurve:
     """A search for a strength: (alpha, bits per token) as tried, by rising alpha.
