@@ -77,6 +77,25 @@ def test_the_end_carries_the_person_and_points_nowhere(recipes: dict[str, Any]) 
             assert sum(binding[way, site, who] for who in ("A", "B", "its own")) <= 1 + 1e-6
 
 
+def test_the_first_hop_is_written_down_above_a_word_as_frequent(recipes: dict[str, Any]) -> None:
+    grid, top = recipes["grid"], recipes["model"].n_layers - 1
+    for (what, _, place), (gain, low, high) in grid.items():
+        assert low <= gain <= high
+        if (what, place) == ("country", "is"):  # nobody can know the country yet
+            assert low < 0 < high
+    for place in ("is (after)", "the (end)"):
+        assert grid["country", 1, place][1] < 0 < 1.5 < grid["country", 3, place][1]
+        assert grid["currency", 1, place][1] < 0.5 < grid["currency", top, place][1]
+    for ids, others in recipes["sought"].values():
+        assert not bool((ids == others).any())
+
+
+def test_two_people_are_told_apart_and_of_three_the_last(recipes: dict[str, Any]) -> None:
+    two, three = (recipes["told_apart"][count].tolist() for count in (2, 3))
+    assert min(two) > 0.2
+    assert three[2] > 0.3 > 0.25 > max(three[:2])
+
+
 def test_the_page_on_follow_ups_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
