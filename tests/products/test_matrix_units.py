@@ -116,9 +116,9 @@ def test_zeros_and_the_smallest_numbers() -> None:
 def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[int, ...]] = []
 
-    def counted(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def counted(a: Tensor, b: Tensor) -> Tensor:
         ran.append((*a.shape, b.shape[1]))
-        return product(a, b, out=out)
+        return product(a, b)
 
     monkeypatch.setattr(replacing.matrix_units, "product", counted)
     generator = torch.Generator().manual_seed(0)
@@ -126,27 +126,53 @@ def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(2, 200, 96, generator=generator, requires_grad=True)
     plain = layer(x)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
-    with replacing.MatrixUnits():
+    with replacing.matrix_unit_products():
         mine = layer(x)
         (found,) = torch.autograd.grad(mine.square().sum(), x)
         with torch.inference_mode():
             inferred = layer(x)
         small = layer(x[0, :3])
-        out = torch.empty(400, 512)
-        assert torch.mm(x.detach().view(400, 96), layer.weight.detach().T, out=out) is out
-    assert ran == [(400, 96, 512), (400, 512, 96), (400, 96, 512), (400, 96, 512)]
+    assert ran == [(400, 96, 512), (400, 512, 96), (400, 96, 512)]
     torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(inferred, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(out + layer.bias, plain.view(400, 512), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small, plain[0, :3], rtol=1e-5, atol=1e-5)
-    after = len(ran)
-    layer(x)
-    assert len(ran) == after  # nothing is left of the scope
+    assert torch.equal(layer(x), plain)  # nothing is left of the scope
+    assert len(ran) == 3
+
+
+def test_a_batch_of_cotangents_is_pulled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = torch.nn.Linear(96, 100), torch.randn(64, 96, requires_grad=True)
+    cotangents = torch.randn(5, 64, 100)
+    made = layer(x)
+    (expected,) = torch.autograd.grad(made, x, cotangents, is_grads_batched=True, retain_graph=True)
+    ran: list[int] = []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        ran.append(len(a))
+        return product(a, b)
+
+    monkeypatch.setattr(replacing.matrix_units, "product", counted)
+    with replacing.matrix_unit_products():
+        (found,) = torch.autograd.grad(made, x, cotangents, is_grads_batched=True)
+    assert ran == [5 * 64]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scopes_nest_and_end_with_exceptions() -> None:
+    a = torch.randn(200, 200)
+    plain = a @ a
+    with pytest.raises(ZeroDivisionError), replacing.matrix_unit_products():
+        with replacing.matrix_unit_products():
+            inner = a @ a
+        assert torch.equal(a @ a, inner)
+        raise ZeroDivisionError
+    assert torch.equal(a @ a, plain)
+    assert not torch.equal(inner, plain)
 
 
 def test_what_does_not_suit_is_left_to_torch() -> None:
-    with replacing.MatrixUnits():
+    with replacing.matrix_unit_products():
         double = torch.randn(100, 100, dtype=torch.float64)
         assert torch.equal(double @ double, torch.mm(double, double))
         assert (torch.randn(100, 0) @ torch.randn(0, 100)).shape == (100, 100)
@@ -154,8 +180,8 @@ def test_what_does_not_suit_is_left_to_torch() -> None:
         a, b, bias = torch.randn(90, 100), torch.randn(100, 80), torch.randn(80)
         scaled = torch.addmm(bias, a, b, beta=2.0, alpha=3.0)
         torch.testing.assert_close(scaled, 2 * bias + 3 * (a @ b), rtol=1e-4, atol=1e-4)
-        wrong = torch.empty(7)
-        torch.testing.assert_close(torch.mm(a, b, out=wrong), a @ b, rtol=1e-4, atol=1e-4)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            a @ a
         torch.testing.assert_close(few @ few.T, (few[:, None] * few).sum(-1))
 
 

@@ -147,7 +147,7 @@ def _relative_error(precision: str) -> float:
 
 
 def _product(precision: str, left: Tensor, right: Tensor) -> Tensor:
-    if precision == MATRIX_UNITS:  # without a scope: torch takes a second to enter the first one
+    if precision == MATRIX_UNITS:
         from layerscope.products import matrix_units
 
         return matrix_units.product(left, right)
@@ -181,9 +181,9 @@ def products(requested: Products | ProductChoice) -> Generator[ProductChoice]:
 @contextmanager
 def _scope(precision: str) -> Generator[None]:
     if precision == MATRIX_UNITS:
-        from layerscope.products.replacing import MatrixUnits
+        from layerscope.products.replacing import matrix_unit_products
 
-        with _float32_precision("highest"), MatrixUnits():
+        with _float32_precision("highest"), matrix_unit_products():
             yield
         return
     with _float32_precision(precision):

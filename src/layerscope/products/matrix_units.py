@@ -108,16 +108,10 @@ def _work(a: Tensor, b: Tensor, threads: int) -> float:
     return _TURN * turned + b.numel() * (_WRITE + _READ * n_panels)
 
 
-def product(
-    a: Float[Tensor, "m k"],
-    b: Float[Tensor, "k n"],
-    *,
-    out: Float[Tensor, "m n"] | None = None,
-) -> Float[Tensor, "m n"]:
-    """Return ``a @ b``, computed on all of torch's threads; one of the strides of `out` is 1."""
+def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
+    """Return ``a @ b``, computed on all of torch's threads."""
     a, b = (each if 1 in each.stride() else each.contiguous() for each in (a, b))
-    if out is None:
-        out = a.new_empty(len(a), b.shape[1])
+    out = a.new_empty(len(a), b.shape[1])
     threads = torch.get_num_threads()
     if _work(b.T, a.T, threads) + _TURN * out.numel() < _work(a, b, threads):
         left, right, target = b.T, a.T, out.T

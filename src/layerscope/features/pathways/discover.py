@@ -11,7 +11,7 @@ One sweep serves all targets: their cotangents join at the row that each reads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,6 +23,8 @@ from torch import Tensor
 from layerscope.errors import ConfigError, nearest
 from layerscope.features.pathways.pullback import Pullback, Variant
 from layerscope.features.pathways.state import ActiveFeatures, PromptState, TargetState
+from layerscope.products import Products
+from layerscope.products import products as matrix_products
 
 ErrorMode = Literal["passthrough", "frozen"]
 Order = Literal["attribution", "activation", "gradient"]
@@ -68,6 +70,7 @@ class DiscoverOptions:
         min_gradient: least absolute gradient; depends on the dictionary's scale.
         chunk: cotangents of one backward pass; None chooses by memory. The result does not depend
             on it beyond rounding.
+        products: "checked" (the fastest float32-accurate product) or "default" (torch as found).
     """
 
     variant: Variant = "total"
@@ -78,12 +81,14 @@ class DiscoverOptions:
     min_share: float = 0.0
     min_gradient: float = 0.0
     chunk: int | None = None
+    products: Products = "checked"
 
     def __post_init__(self) -> None:
         for name, known in (
             ("error", get_args(ErrorMode)),
             ("positions", get_args(SourcePositions)),
             ("order", get_args(Order)),
+            ("products", get_args(Products)),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -122,7 +127,7 @@ def discover(
     n_positions = 1 + max(target.target.position for target in state.targets)
     chunk = options.chunk or _chunk(state, n_positions)
     pullback = Pullback(state, variant=options.variant, n_positions=n_positions, chunk=chunk)
-    best = [_Best(options) for _ in state.targets]
+    best = [_Best() for _ in state.targets]
     top = max(target.row for target in state.targets)
     lowest = min((layer.row for layer in state.layers.values()), default=top)
     by_row = {layer.row: layer for layer in state.layers.values()}
@@ -130,7 +135,7 @@ def discover(
     joined = 0
     wide = torch.promote_types(state.residuals.dtype, torch.float32)
     cotangents = state.residuals.new_zeros((0, n_positions, state.model.d_model), dtype=wide)
-    with torch.no_grad():
+    with torch.no_grad(), matrix_products(options.products):
         for row in range(top, lowest, -1):
             new = [state.targets[i] for i in order[joined:] if state.targets[i].row == row]
             joined += len(new)
@@ -141,9 +146,10 @@ def discover(
             if layer is not None:
                 values = layer.values.double() - _baseline(layer, baseline)
                 slopes = project(layer, cotangents)
-                for place, index in enumerate(order[:joined]):
-                    at = state.targets[index].target.position
-                    best[index].offer(layer, slopes[place], values, at)
+                at = [state.targets[index].target.position for index in order[:joined]]
+                found = _strongest(layer, slopes, values, at, options)
+                for index, (edges, total) in zip(order[:joined], found, strict=True):
+                    best[index].offer(edges, total)
                 if options.error == "frozen":
                     cotangents = through_features(layer, cotangents)
             if progress is not None:
@@ -187,50 +193,61 @@ def through_features(
     return pulled
 
 
+def _strongest(
+    layer: ActiveFeatures,
+    gradients: Float[Tensor, "target entry"],
+    values: Float[Tensor, " entry"],
+    at: Sequence[int],
+    options: DiscoverOptions,
+) -> Iterator[tuple[Float[Tensor, "edge 6"], float]]:
+    """Weigh the active features of a layer for every target.
+
+    Returns:
+        Of each target: what can be among its strongest edges, ties included, with the columns
+        score, layer, id, position, J, attribution; and the sum of all absolute attributions.
+    """
+    ends = torch.tensor(at)[:, None]
+    sources = layer.positions == ends if options.positions == "last" else layer.positions <= ends
+    attributions = gradients * values
+    totals = torch.where(sources, attributions.abs(), 0.0).sum(dim=1)
+    scores = {
+        "attribution": attributions.abs(),
+        "gradient": gradients.abs(),
+        "activation": layer.values.double().expand_as(gradients),
+    }[options.order]
+    allowed = sources & (gradients.abs() > options.min_gradient)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if len(layer) > options.top_k:
+        allowed &= scores >= scores.topk(options.top_k, dim=1).values[:, -1:]
+    target, entry = allowed.nonzero(as_tuple=True)
+    columns = (
+        scores[target, entry],
+        torch.full_like(scores[target, entry], layer.layer),
+        layer.ids[entry].double(),
+        layer.positions[entry].double(),
+        gradients[target, entry],
+        attributions[target, entry],
+    )
+    counts = allowed.sum(dim=1).tolist()
+    return zip(torch.stack(columns, dim=1).split(counts), totals.tolist(), strict=True)
+
+
 class _Best:
-    """The strongest edges into one target so far."""
+    """The strongest edges into one target."""
 
-    def __init__(self, options: DiscoverOptions) -> None:
-        self._options = options
+    def __init__(self) -> None:
         self._total = 0.0
-        self._kept = torch.zeros(0, 6, dtype=torch.float64)
+        self._offered: list[Float[Tensor, "edge 6"]] = []
 
-    def offer(
-        self,
-        layer: ActiveFeatures,
-        gradients: Float[Tensor, " entry"],
-        values: Float[Tensor, " entry"],
-        position: int,
-    ) -> None:
-        """Weigh the active features of a layer; columns: score, layer, id, position, J, a."""
-        first = 0 if self._options.positions == "all" else layer.at(position).start
-        part = slice(first, layer.at(position).stop)
-        slopes = gradients[part]
-        attributions = slopes * values[part]
-        self._total += float(attributions.abs().sum())
-        ranked = {
-            "attribution": attributions.abs(),
-            "gradient": slopes.abs(),
-            "activation": layer.values[part].double(),
-        }[self._options.order]
-        allowed = slopes.abs() > self._options.min_gradient
-        columns = (
-            ranked,
-            torch.full_like(ranked, layer.layer),
-            layer.ids[part].double(),
-            layer.positions[part].double(),
-            slopes,
-            attributions,
-        )
-        found = torch.cat([self._kept, torch.stack(columns, dim=1)[allowed]])
-        if len(found) > self._options.top_k:  # sort only what can stay, ties included
-            least = found[:, 0].topk(self._options.top_k).values[-1]
-            found = found[found[:, 0] >= least]
-        # Ties by layer, feature, position, so that the result is one and the same everywhere.
-        for column in (3, 2, 1):
-            found = found[torch.argsort(found[:, column], stable=True)]
-        found = found[torch.argsort(found[:, 0], descending=True, stable=True)]
-        self._kept = found[: self._options.top_k]
+    def offer(self, edges: Float[Tensor, "edge 6"], total: float) -> None:
+        """Take what one layer has, see `_strongest`."""
+        self._offered.append(edges)
+        self._total += total
+
+    def _kept(self, top_k: int) -> list[list[float]]:
+        """Return the strongest; ties by layer, feature, position, so that there is one result."""
+        edges: list[list[float]] = torch.cat(self._offered).tolist() if self._offered else []
+        return sorted(edges, key=_order)[:top_k]
 
     def rows(
         self, state: PromptState, target: TargetState, options: DiscoverOptions
@@ -238,7 +255,7 @@ class _Best:
         """Return rows of the edge table, strongest first."""
         found: list[tuple[object, ...]] = []
         feature, at = target.target.feature, target.target.position
-        for _, layer, source, position, slope, attribution in self._kept.tolist():
+        for _, layer, source, position, slope, attribution in self._kept(options.top_k):
             share = abs(attribution) / self._total if self._total else 0.0
             if share < options.min_share:
                 continue
@@ -269,6 +286,10 @@ class _Best:
                 )
             )
         return found
+
+
+def _order(edge: list[float]) -> tuple[float, ...]:
+    return -edge[0], *edge[1:4]
 
 
 def _entry(layer: ActiveFeatures, position: int, feature: int) -> int:
