@@ -56,6 +56,32 @@ def test_units_of_another_configuration_are_not_reused(model: LanguageModel) -> 
     assert units.written == 2 * before
 
 
+def test_a_whole_grid_is_one_forward_and_a_repeated_one_is_none(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards: list[Any] = []
+    real = model.backend.execute
+
+    def count(request: Any) -> Any:
+        forwards.append(request)
+        return real(request)
+
+    monkeypatch.setattr(model.backend, "execute", count)
+    units = Units()
+    planned = plan(model, PROMPTS, LayersConfig())
+    assert len(planned.units) == 1  # nine prompts, all layers, all positions, all lenses
+    first = execute(planned, units=units)
+    # The temperatures of the norm lens are fitted in a pass of their own, before the grid.
+    assert planned.calibration is not None and len(forwards) == 2
+    again = execute(plan(model, PROMPTS, LayersConfig()), units=units)
+    assert len(forwards) == 2 and again.summary == first.summary
+    forwards.clear()
+    raw = plan(model, PROMPTS, LayersConfig(lenses=("raw",)))
+    assert raw.calibration is None
+    execute(raw)
+    assert len(forwards) == 1
+
+
 def test_progress_counts_passes_to_the_end(model: LanguageModel) -> None:
     seen: list[tuple[int, int]] = []
     execute(plan(model, PROMPTS, CONFIG), progress=lambda done, total: seen.append((done, total)))
