@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_what_rounds_operands_is_rejected(
 ) -> None:
     monkeypatch.setattr(module, "_relative_error", errors.__getitem__)
     monkeypatch.setattr(module, "has_matrix_units", lambda: "matrix units" in errors)
+    monkeypatch.setattr(module, "_compiles", lambda: True)
     module._checked_on_cpu.cache_clear()
     try:
         choice = choose("checked")
@@ -74,6 +76,16 @@ def test_what_rounds_operands_is_rejected(
     assert choice.max_error == errors[expected]
     if max(errors["medium"], errors.get("matrix units", 0.0)) > 4e-6:
         assert "rejected" in choice.reason
+
+
+def test_a_broken_numba_leaves_torch_s_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_matrix_units", lambda: True)
+    monkeypatch.setitem(sys.modules, "layerscope.products.matrix_units", None)
+    module._checked_on_cpu.cache_clear()
+    try:
+        assert choose("checked").precision in ("highest", "high", "medium")
+    finally:
+        module._checked_on_cpu.cache_clear()
 
 
 def test_a_bfloat16_product_would_be_rejected() -> None:

@@ -16,6 +16,7 @@ bounded on any CPU; what is chosen here does not touch it.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -104,7 +105,7 @@ def choose(
             None,
             f"on {kind} the faster settings round operands (TF32), which is not float32-accurate",
         )
-    return _checked_on_cpu(compiled and has_matrix_units())
+    return _checked_on_cpu(compiled and has_matrix_units() and _compiles())
 
 
 @functools.lru_cache(maxsize=2)
@@ -131,6 +132,14 @@ def _checked_on_cpu(matrix_units: bool) -> ProductChoice:
         reference,
         "no faster setting is float32-accurate here" + "".join(rejected),
     )
+
+
+def _compiles() -> bool:
+    try:
+        importlib.import_module("layerscope.products.matrix_units")
+    except (ImportError, OSError):  # a numba that does not go with this numpy
+        return False
+    return True
 
 
 def _relative_error(precision: str) -> float:

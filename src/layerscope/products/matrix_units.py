@@ -24,7 +24,7 @@ from torch import Tensor
 from layerscope.products import amx, openmp
 
 _TURN, _WRITE, _READ = 0.5, 1.0, 0.5  # of a number, in about the same unit of time
-_COLUMNS_BYTES = 32 << 20  # of the parts of B that are held at a time
+_COLUMNS_BYTES = 24 << 20  # of the parts of B that are held at a time
 
 
 def bound(d: int) -> float:
