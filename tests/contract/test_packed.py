@@ -132,27 +132,22 @@ def test_the_last_block_asks_only_where_it_is_read():
             handle.remove()
 
 
-def test_activations_in_parts_are_the_same_to_the_last_bit():
+def test_gelu_in_one_operation_is_what_the_model_computes():
     model = loaded("gpt2")
-    ids = torch.arange(12).view(1, 12) + 3
-    plain = model.run(TokenBatch.from_ids(ids.tolist()), capture="resid_pre.*", keep_cache=True)
-    pieces = (Piece(0, (0,) * 5, 12), Piece(3, (0,) * 4, 9))  # 96 tokens: no multiple of a part
-    parts = [ids[:, piece.column :].repeat(len(piece.rows), 1).flatten() for piece in pieces]
-    residual = plain["resid_pre.1"][0]
-    stored = [residual[piece.column :].repeat(len(piece.rows), 1) for piece in pieces]
-    add = Add("mlp.1.pre", torch.ones(48), positions=95)
-    found = model.run(
-        TokenBatch.from_ids([torch.cat(parts).tolist()]),
-        start=Start(1, torch.cat(stored)[None]),
-        capture=["mlp.1.pre", "mlp.1.post"],
-        edits=[add],
-        cache=plain.cache,
-        packed=Packed(pieces),
-        logits=None,
-    )
     activation = hf(model).transformer.h[1].mlp.act
-    assert found["mlp.1.pre"].shape[1] == 96
-    assert found["mlp.1.post"].equal(activation(found["mlp.1.pre"]))
+    plain = taken(model)
+    seen = []
+    handle = activation.register_forward_hook(lambda _m, _args, output: seen.append(output))
+    add = Add("mlp.1.pre", torch.full((48,), 2.0), positions=22)
+    try:
+        found = run_packed(model, plain, capture=["mlp.1.pre", "mlp.1.post"], edits=[add])
+    finally:
+        handle.remove()
+    before, after = found["mlp.1.pre"], found["mlp.1.post"]
+    # Edits before it count, captures and the owner's hooks see the whole of it.
+    assert before.shape[1] == 23 and float(before[0, 22].mean()) > 1.5
+    torch.testing.assert_close(after, activation(before), rtol=1e-6, atol=1e-6)
+    assert seen[0].shape == after.shape and seen[0].equal(after)
 
 
 def test_what_cannot_be_packed_is_refused():

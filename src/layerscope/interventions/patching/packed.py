@@ -103,10 +103,13 @@ class PackedClimb:
         self, layer: int, steps: Sequence[Step], widths: Sequence[int]
     ) -> Float[Tensor, "token d_model"]:
         """Return what the recording's block `layer` read, from each step's first position on."""
-        n_columns = self.recording.n_columns
-        begins = [step.row * n_columns + step.column for step in steps]
-        stored = self.recording.residuals[layer].flatten(0, 1)
-        return stored[_ranges(begins, widths).to(stored.device)]
+        stored = self.recording.residuals[layer]
+        return torch.cat(
+            [
+                stored[step.row, step.column : step.column + width]
+                for step, width in zip(steps, widths, strict=True)
+            ]
+        )
 
     def _join(self, layer: int, steps: Sequence[Step], joined: Tensor) -> None:
         """Patch what steps begin with, and put them among the others."""
@@ -121,12 +124,20 @@ class PackedClimb:
         if self.residual is None:
             self.order, self.residual = list(steps), joined
             return
-        both = [*self.order, *steps]
-        begins = _begins(self._widths(both))
-        places = sorted(range(len(both)), key=lambda place: both[place].column)
-        self.order = [both[place] for place in places]
-        index = _ranges([begins[place] for place in places], self._widths(self.order))
-        self.residual = torch.cat([self.residual, joined])[index.to(joined.device)]
+        spans = [
+            (step, source, begin)
+            for source, some in ((self.residual, self.order), (joined, steps))
+            for step, begin in zip(some, _begins(self._widths(some)), strict=True)
+        ]
+        spans.sort(key=lambda span: span[0].column)
+        self.order = [step for step, _, _ in spans]
+        # Neighbours that stay neighbours are copied in one piece.
+        parts: list[tuple[Tensor, int, int]] = []
+        for (_, source, begin), width in zip(spans, self._widths(self.order), strict=True):
+            goes_on = bool(parts) and parts[-1][0] is source and parts[-1][2] == begin
+            first = parts.pop()[1] if goes_on else begin
+            parts.append((source, first, begin + width))
+        self.residual = torch.cat([source[begin:end] for source, begin, end in parts])
 
     def _open(self, layer: int, steps: Sequence[Step]) -> None:
         """Run the first block of steps at the positions they change; they join the next one."""

@@ -30,9 +30,8 @@ from layerscope.models.backends.huggingface.hooks import (
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe, has_kernel
 from layerscope.models.backends.huggingface.packing import (
-    composite_activations,
     disprove_packing,
-    in_parts,
+    in_one_operation,
     only_ends,
     packed_inputs,
     shortest_window,
@@ -168,8 +167,7 @@ class HuggingFaceBackend:
             if kernels:
                 stack.enter_context(TAPS.installed(kernels))
             if plan.packed is not None and self.device.type == "cpu" and not plan.gradients:
-                activations = composite_activations(self.structure)
-                stack.enter_context(in_parts(recorder, activations))
+                stack.enter_context(in_one_operation(recorder, self.structure))
             stack.enter_context(stopping_after(recorder, last))
             columns = plan.wanted() if plan.lean and plan.stop_after is None else None
             if columns is not None and columns.shape[1] < batch.width:

@@ -101,13 +101,11 @@ class KeyValueCache:
         """Return keys and values of one block before a column, [row, kv_head, key, d]."""
         layer = _layers(self._native)[block]
         keys, values = layer.keys[:, :, :column], layer.values[:, :, :column]
-        chosen = torch.tensor(list(rows))
-        if self._rows is not None:
-            chosen = self._rows[chosen]
-        only = int(chosen[0])
-        if bool((chosen == only).all()):
-            keys, values = keys[only : only + 1], values[only : only + 1]
-        return _of_rows(keys, chosen), _of_rows(values, chosen)
+        chosen = list(rows) if self._rows is None else self._rows[list(rows)].tolist()
+        if len(set(chosen)) == 1:  # one row is not copied for each that reads it
+            only, shape = slice(chosen[0], chosen[0] + 1), (len(chosen), -1, -1, -1)
+            return keys[only].expand(shape), values[only].expand(shape)
+        return keys[chosen], values[chosen]
 
     def _without_gaps(self) -> KeyValueCache:
         """Return the cache with every row's tokens moved to its last columns."""
