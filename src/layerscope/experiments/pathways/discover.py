@@ -19,6 +19,7 @@ from layerscope.experiments.pathways.targets import (
 from layerscope.experiments.pathways.workspace import CHUNKS, DISCOVERED, Workspace
 from layerscope.experiments.units import Piece, Progress, Work, run_units, work_key
 from layerscope.features.pathways import discover
+from layerscope.products import choose
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def run_discover(work: Workspace, key: str, progress: Progress | None = None) ->
         "inactive_targets": inactive,
         "variant": options.variant,
         "error_mode": options.error,
+        "products": choose(options.products, device=work.model.device).to_dict(),
         "bytes_read": states.bytes_read,
     }
     _log.info("%d edges into %d of %d targets", edges.height, reached, tried)
