@@ -90,11 +90,11 @@ def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
 
 
 def _widest(model: LanguageModel) -> int:
-    """Return the width of the widest tensor of a block: its MLP's, or queries, keys and values."""
-    neurons = Site("mlp.post", 0)
-    if model.backend.why_not(neurons) is not None:
+    """Return the width of the widest tensor of a block, which as a rule is its MLP's."""
+    backend, neurons = model.backend, Site("mlp.post", 0)
+    if backend.why_not(neurons) is not None:
         return 4 * model.d_model
-    return max(3 * model.d_model, model.backend.trailing(neurons, 1)[-1])
+    return max(model.d_model, backend.trailing(neurons, 1)[-1])
 
 
 def tiles_of(steps: Sequence[Step], shape: Shape) -> list[Tile]:
