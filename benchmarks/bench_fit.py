@@ -2,9 +2,10 @@
 
     python -m benchmarks install tuned-lens-trainer fit
 
-Same model, same training text, of which layerscope reads two fifths and fits on two of three
-positions. The held-out text is seen by neither. Each fit is a process of its own with two threads;
-time and extra memory count from after the imports, and include loading the model and the text. The
+Same model, same training text, of which layerscope reads a third (OUR_STEPS steps of OUR_BATCH
+sequences, at OUR_POSITIONS positions of each; defaults otherwise). The held-out text is seen by
+neither. Each fit is a process of its own with two threads; time and extra memory count from after
+the imports, the model's own code among them, and include loading the model and the text. The
 trainer runs with its defaults (250 steps; SGD, and Adam as well) but for the size of a step, which
 the text bounds. Both lenses are measured by the same program: KL(model || lens) in bits at the same
 held-out positions. Needs trained models and text beside the checkout.
@@ -34,7 +35,7 @@ from layerscope.lenses.fitting.states import collect
 SHARED = Path(os.environ.get("LAYERSCOPE_SHARED", ROOT.parent / "shared"))
 TEXT = SHARED / "data/tinystories_merged/tinystories_cased.jsonl"
 STEPS, BATCH, CONTEXT = 250, 8, 256
-OUR_STEPS, OUR_BATCH, OUR_POSITIONS = 280, 3, 168
+OUR_STEPS, OUR_BATCH, OUR_POSITIONS = 160, 4, 252
 OPTIMIZERS = ("sgd", "adam")
 OURS = "layerscope"
 LEEWAY = 1.01

@@ -21,7 +21,10 @@ def main() -> None:
     parser.add_argument("--positions", type=int, required=True)
     given = parser.parse_args()
 
+    # The code of models: the trainer, too, imports it before its clock starts.
     import torch
+    import transformers.generation.utils
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     import layerscope.models.backends.huggingface.opening
     import layerscope.models.backends.transformer_lens.structure  # noqa: F401

@@ -180,6 +180,24 @@ def test_low_rank_factors_move_and_the_fit_beats_its_start(text: Path, tmp_path:
     assert all(after < start for after, start in zip(best, first, strict=True))
 
 
+def test_steps_and_evaluations_in_pieces_are_those_of_the_whole(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("llama")
+    corpus = read_corpus(TextSource(str(text)), model, DATA)
+    found: list[tuned_module.TunedSteps] = []
+    for rows in (1024, 24):  # of 64 a step, and 256 to validate on
+        monkeypatch.setattr(tuned_module, "ROWS_AT_ONCE", rows)
+        steps = tuned_module.TunedSteps(model, corpus, DATA, TunedOptions(steps=2), "final")
+        assert steps.step(0) and steps.step(1)
+        found.append(steps)
+    whole, pieces = found
+    torch.testing.assert_close(pieces.best_kl, whole.best_kl, rtol=1e-4, atol=1e-6)
+    first, again = whole.state()[0], pieces.state()[0]
+    for name in (name for name in first if name.startswith("first.")):
+        torch.testing.assert_close(again[name], first[name], rtol=1e-3, atol=1e-6)
+
+
 def test_nan_stops_the_fit_and_keeps_the_best(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,13 @@ from layerscope.lenses.fitting.options import TunedOptions
 from layerscope.lenses.fitting.prism import Moments, PrismOptions, solve_prism
 from layerscope.lenses.fitting.states import States
 from layerscope.lenses.fitting.temperature import fit_on_prompts, fit_temperatures
-from layerscope.lenses.fitting.translators import at_identity, regressed, scales_of
+from layerscope.lenses.fitting.translators import (
+    at_identity,
+    basis_of,
+    hidden_of,
+    in_residuals,
+    regressed,
+)
 from layerscope.readout.unembedding import Unembedding
 
 WIDTH, VOCABULARY = 6, 11
@@ -208,15 +214,50 @@ def test_regression_recovers_a_planted_affine_map(rank: int | None) -> None:
     inverse = torch.linalg.inv(torch.eye(WIDTH) + maps)
     x = (last[None] - bias[:, None]) @ inverse
     states = States(torch.cat([x, last[None]]), last)
-    scales = scales_of(x)
+    basis = basis_of(x)
     like = at_identity(2, WIDTH, TunedOptions(rank=rank), seed=0)
-    found = regressed([states], scales, like)
-    tensors = {**found, "bias": found["bias"] * scales[:, None]}
-    lens = TunedLens(Plain(), tensors)
+    found = regressed([states], basis, like)
+    lens = TunedLens(Plain(), in_residuals(found, basis))
     for row in range(2):
         error = (lens.transform(x[row], row) - last).norm() / last.norm()
         assert float(error) < 0.02
     assert torch.equal(lens.transform(last, 2), last)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_lens_hands_over_what_its_translators_did_in_training(rank: int | None) -> None:
+    residual = normal(3, 40, WIDTH, seed=5) * torch.tensor([9.0, 1.0, 1.0, 0.1, 3.0, 1.0]) + 4.0
+    basis = basis_of(residual[:-1])
+    start = at_identity(2, WIDTH, TunedOptions(rank=rank, temperature=True), seed=0)
+    moved = {name: tensor + normal(*tensor.shape, seed=11) for name, tensor in start.items()}
+    trained = hidden_of(Plain(), residual, moved, basis, "final")  # type: ignore[arg-type]
+    lens = TunedLens(Plain(), in_residuals(moved, basis))
+    for row in range(2):
+        torch.testing.assert_close(
+            lens.transform(residual[row], row), trained[row], rtol=1e-4, atol=1e-3
+        )
+
+
+def test_a_basis_holds_uncorrelated_coordinates_and_the_length_of_every_vector() -> None:
+    mixed = normal(2, 500, WIDTH) @ normal(WIDTH, WIDTH, seed=3) + 7.0
+    basis = basis_of(mixed)
+    found = basis.coordinates(mixed)
+    variances = found.square().mean(1)
+    covariance = found.mT @ found / 500
+    torch.testing.assert_close(covariance, torch.diag_embed(variances), rtol=1e-3, atol=1e-3)
+    assert bool((variances.diff(dim=1) >= 0).all())
+    lengths = (mixed - mixed.mean(1, keepdim=True)).norm(dim=-1)
+    torch.testing.assert_close(found.norm(dim=-1), lengths, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis.scale, mixed.square().mean((1, 2)).sqrt())
+
+
+def test_a_row_that_is_not_finite_keeps_its_axes_and_spoils_no_other() -> None:
+    rows = normal(2, 30, WIDTH)
+    whole = basis_of(rows)
+    rows[0, 3, 1] = math.inf
+    broken = basis_of(rows)
+    assert torch.equal(broken.axes[0], torch.eye(WIDTH))
+    assert torch.equal(broken.axes[1], whole.axes[1])
 
 
 def test_translators_start_as_the_identity_with_one_factor_that_is_not_zero() -> None:
@@ -234,6 +275,8 @@ def test_rates_fall_with_the_width_and_with_what_is_left_to_learn() -> None:
     torch.testing.assert_close(
         TunedOptions().rates(nats, 800), torch.tensor([0.02, 0.005, 0.00125])
     )
+    narrow = TunedOptions().rates(nats, 64)  # the width stops counting below 200
+    torch.testing.assert_close(narrow, torch.tensor([0.04, 0.02, 0.005]))
     given = TunedOptions(learning_rate=0.5).rates(nats, 400)
     assert given.tolist() == [0.5, 0.5, 0.5]
 

@@ -16,6 +16,7 @@ from layerscope.errors import LensError
 from layerscope.files import atomic_path, canonical_json, sha256_text
 
 CHECKPOINT = "fit.checkpoint.safetensors"
+_STATES = 2  # counts changes of what fits keep: a checkpoint of another is of another fit
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def drive(
     Raises:
         LensError: the checkpoint is of another fit, or damaged.
     """
-    name = sha256_text(canonical_json(key))
+    name = sha256_text(canonical_json({"states": _STATES, **key}))
     path = None if folder is None else folder / CHECKPOINT
     first = 0
     if path is not None and path.exists():

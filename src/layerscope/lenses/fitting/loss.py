@@ -11,7 +11,8 @@ from torch import Tensor
 
 from layerscope.readout.unembedding import Unembedding
 
-BUDGET_BYTES = 64 * 2**20  # of logits alive at once
+BUDGET_BYTES = 16 * 2**20  # of logits alive at once
+ROWS_AT_ONCE = 256  # of all layers: what a fit holds beside them, gradients among it, stays small
 _BUFFERS = 4  # teacher probabilities and log-probabilities, lens logits, scratch
 _SLICE = 1 << 23  # entries of a low-precision unembedding converted at a time
 

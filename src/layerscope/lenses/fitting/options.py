@@ -25,10 +25,11 @@ class TunedOptions:
         baseline: train a bias-only lens on the same batches.
         epochs: times through the text, with new positions each time.
         steps: number of steps, whatever the epochs say; None for epochs.
-        learning_rate: of AdamW, for all row indices. None for one each, 4 / d_model times the 0.4th
-            power of the bits that its start loses, at most 0.04: each entry of a matrix moves by
-            about this much a step, whatever the gradient, so what a step does to a vector grows
-            with the width (Yang et al., 2022, table 3), and a row that is almost right needs less.
+        learning_rate: of AdamW, for all row indices. None for one each, the lesser of 0.02 and
+            4 / d_model, times the 0.4th power of the bits that its start loses, at most 0.04: each
+            entry of a matrix moves by about this much a step, whatever the gradient, so what a step
+            does to a vector grows with the width (Yang et al., 2022, table 3), and a row that is
+            almost right needs less.
         weight_decay, warmup, clip: of AdamW; warm-up is a fraction of the steps, the decay pulls
             towards the identity, and gradients are clipped per row index.
         evaluate_every: steps between looks at the validation text; None for a twentieth of all.
@@ -64,7 +65,7 @@ class TunedOptions:
         if self.learning_rate is not None:
             return torch.full_like(nats, self.learning_rate)
         bits = (nats / math.log(2.0)).nan_to_num(posinf=1.0).clamp_min(0.0)
-        return (4 / d_model * bits**0.4).clamp_max(0.04)
+        return (min(0.02, 4 / d_model) * bits**0.4).clamp_max(0.04)
 
     def check(self, d_model: int) -> None:
         """Raise ConfigError where the rank is beyond the model's width."""

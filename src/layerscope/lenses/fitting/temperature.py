@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.lenses.base import NormChoice
-from layerscope.lenses.fitting.loss import kl_to_teacher, product
+from layerscope.lenses.fitting.loss import ROWS_AT_ONCE, kl_to_teacher, product
 from layerscope.lenses.fitting.states import States
 from layerscope.models.language_model import LanguageModel
 from layerscope.readout.unembedding import Unembedding
@@ -49,10 +49,15 @@ def fit_temperatures(
 
     def slope(log_inverse: Tensor) -> Tensor:
         inverse = log_inverse.exp().float().requires_grad_()
-        with torch.enable_grad():
-            loss = kl_to_teacher(hidden * inverse[:, None, None], teacher, unembedding)
-            (gradient,) = torch.autograd.grad(loss.sum(), inverse)
-        return gradient.double()
+        total = torch.zeros_like(log_inverse)
+        for first in range(0, len(teacher), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            with torch.enable_grad():
+                scaled = hidden[:, rows] * inverse[:, None, None]
+                loss = kl_to_teacher(scaled, teacher[rows], unembedding)
+                (gradient,) = torch.autograd.grad(loss.sum(), inverse)
+            total += gradient.double() * (len(teacher[rows]) / len(teacher))
+        return total
 
     low, high, bracketed = _bracket(slope, hidden.shape[0], hidden.device)
     while bool((bracketed & (high - low > _TOLERANCE)).any()):

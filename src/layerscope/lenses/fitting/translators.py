@@ -3,26 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerscope.lenses.base import NormChoice
+from layerscope.lenses.fitting.loss import ROWS_AT_ONCE
 from layerscope.lenses.fitting.options import TunedOptions
 from layerscope.lenses.fitting.states import States
 from layerscope.models.language_model import LanguageModel
 
-# "weight" or "down" and "up", "bias" in units of the row's scale, "log_inverse" of temperatures;
-# every tensor begins with a layer axis.
+# "weight" or "down" and "up" in the coordinates of a basis, "bias" in units of its scale,
+# "log_inverse" of temperatures; every tensor begins with a layer axis.
 Parameters = dict[str, Tensor]
 
 _RIDGE = 1e-3  # of the mean variance
 
 
-def scales_of(residual: Float[Tensor, "layer row d_model"]) -> Float[Tensor, " layer"]:
-    """Return the root mean square of the residuals of each row index, in float32."""
-    return residual.float().square().mean((1, 2)).sqrt().clamp_min(1e-8)
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The coordinates that translators are trained in: of residuals, less their mean, in own axes.
+
+    Adam divides every entry of a gradient by its own size, so what it does depends on the axes.
+    Along the principal ones of its inputs no entry is dominated by a direction that all share: the
+    input's half of SOAP (Vyas et al., 2024), with axes that stay, as the inputs here do.
+
+    Attributes:
+        scale: [layer] root mean square of the residuals.
+        mean: [layer, d_model] of the residuals.
+        axes: [layer, d_model, d_model] orthonormal columns, by growing variance.
+    """
+
+    scale: Float[Tensor, " layer"]
+    mean: Float[Tensor, "layer d_model"]
+    axes: Float[Tensor, "layer d_model d_model"]
+
+    def coordinates(
+        self, residual: Float[Tensor, "layer row d_model"]
+    ) -> Float[Tensor, "layer row d_model"]:
+        """Return residuals in this basis, in their own dtype."""
+        mean, axes = self.mean.to(residual.dtype), self.axes.to(residual.dtype)
+        return (residual - mean[:, None]) @ axes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        return {"scale": self.scale, "mean": self.mean, "axes": self.axes}
+
+
+def basis_of(residual: Float[Tensor, "layer row d_model"]) -> Basis:
+    """Return the basis of the residuals of each row index, in float32.
+
+    Row indices that are not finite keep the axes of the model.
+    """
+    scales: list[Tensor] = []
+    means: list[Tensor] = []
+    axes: list[Tensor] = []
+    for one in residual:  # one at a time: no second copy of all of them
+        x = one.float()
+        mean = x.mean(0)
+        centred = x - mean
+        covariance = centred.T @ centred / len(x)
+        if bool(torch.isfinite(covariance).all()):
+            axes.append(torch.linalg.eigh(covariance).eigenvectors)
+        else:
+            mean = torch.zeros_like(mean)
+            axes.append(torch.eye(len(mean), device=mean.device))
+        scales.append(x.square().mean().sqrt().clamp_min(1e-8))
+        means.append(mean)
+    return Basis(torch.stack(scales), torch.stack(means), torch.stack(axes).contiguous())
+
+
+def in_residuals(parameters: Parameters, basis: Basis) -> dict[str, Tensor]:
+    """Return the same translators for residuals as they are: a lens's tensors, float32, on CPU."""
+    found = {name: tensor.detach().cpu() for name, tensor in parameters.items()}
+    scale, mean, axes = (tensor.cpu().double() for tensor in basis.tensors().values())
+    bias, mean = found["bias"].double() * scale[:, None], mean[:, None]
+    if "weight" in found:
+        weight = found["weight"].double() @ axes.mT
+        bias = bias - (mean @ weight.mT)[:, 0]
+        found["weight"] = weight.float()
+    elif "down" in found:
+        down = axes @ found["down"].double()
+        bias = bias - (mean @ down @ found["up"].double())[:, 0]
+        found["down"] = down.float()
+    found["bias"] = bias.float()
+    if "log_inverse" in found:
+        found["inverse_temperature"] = found.pop("log_inverse").exp()
+    return found
 
 
 def at_identity(n_layers: int, d_model: int, options: TunedOptions, *, seed: int) -> Parameters:
@@ -48,17 +117,17 @@ def hidden_of(
     model: LanguageModel,
     residual: Float[Tensor, "layer row d_model"],
     parameters: Parameters,
-    scales: Float[Tensor, " layer"],
+    basis: Basis,
     norm: NormChoice,
 ) -> Float[Tensor, "layer row d_model"]:
     """Return what the lens hands to the head for all row indices but the last; differentiable."""
     dtype = residual.dtype
     x = residual[: model.n_layers].float()
-    moved = x + (parameters["bias"] * scales[:, None])[:, None]
+    moved = x + (parameters["bias"] * basis.scale[:, None])[:, None]
     if "weight" in parameters:
-        moved = moved + x @ parameters["weight"].transpose(1, 2)
+        moved = torch.baddbmm(moved, basis.coordinates(x), parameters["weight"].mT)
     elif "down" in parameters:
-        moved = moved + x @ parameters["down"] @ parameters["up"]
+        moved = torch.baddbmm(moved, basis.coordinates(x) @ parameters["down"], parameters["up"])
     hidden = torch.stack(
         [model.norm_at(row, norm)[1](moved[row].to(dtype)).float() for row in range(model.n_layers)]
     )
@@ -68,9 +137,7 @@ def hidden_of(
 
 
 @torch.no_grad()
-def regressed(
-    batches: Iterable[States], scales: Float[Tensor, " layer"], like: Parameters
-) -> Parameters:
+def regressed(batches: Iterable[States], basis: Basis, like: Parameters) -> Parameters:
     """Return translators that send each row's residual to the last one's, by ridge regression.
 
     Low-rank factors get the best part of that map (Eckart and Young); a direction that it leaves
@@ -81,9 +148,11 @@ def regressed(
     xx: Tensor | float = 0.0
     xy: Tensor | float = 0.0
     count = 0
-    for states in batches:
-        x = states.residual[:-1].double()
-        y = states.residual[-1].double()[None] - x  # what is to be added
+    pieces = (part for states in batches for part in states.residual.split(ROWS_AT_ONCE, dim=1))
+    for residual in pieces:
+        x = residual[:-1].double()
+        y = residual[-1].double()[None] - x  # what is to be added
+        x = basis.coordinates(x)
         xs, ys = xs + x.sum(1), ys + y.sum(1)
         xx, xy = xx + x.transpose(1, 2) @ x, xy + x.transpose(1, 2) @ y
         count += x.shape[1]
@@ -110,7 +179,7 @@ def regressed(
         started["up"] = (root[:, :, None] * vt[:, :rank]).float().contiguous()
         map_ = started["down"].double() @ started["up"].double()
     bias = mean_y - (mean_x[:, None] @ map_)[:, 0]
-    started["bias"] = (bias / scales.double()[:, None]).float()
+    started["bias"] = (bias / basis.scale.double()[:, None]).float()
     return started
 
 

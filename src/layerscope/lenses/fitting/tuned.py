@@ -12,20 +12,23 @@ from torch import Tensor
 from layerscope.lenses.base import NormChoice
 from layerscope.lenses.fitting.corpus import Corpus, DataConfig, batch_at, n_batches
 from layerscope.lenses.fitting.drive import every_tensor, group_of
-from layerscope.lenses.fitting.loss import kl_to_teacher
+from layerscope.lenses.fitting.loss import ROWS_AT_ONCE, kl_to_teacher
 from layerscope.lenses.fitting.options import TunedOptions
 from layerscope.lenses.fitting.states import States, collect, states_at
 from layerscope.lenses.fitting.translators import (
+    Basis,
     Parameters,
     at_identity,
+    basis_of,
     choose,
     hidden_of,
+    in_residuals,
     regressed,
-    scales_of,
 )
 from layerscope.models.language_model import LanguageModel
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8
+_BETAS, _EPS = (0.9, 0.99), 1e-8  # a fit of a few hundred steps outlives its first gradients
+_START_ROWS = 16  # rows of the regression that translators may start from, for each of d_model
 _BIAS_PACE = 10.0  # a bias has one entry where a matrix has d_model: alone, it would crawl
 _WORTHWHILE = 1e-3  # relative gain of validation KL below which an evaluation counts as none
 
@@ -62,7 +65,7 @@ class TunedSteps:
         self.best: dict[str, Parameters] = {}
         self.best_kl: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
-        self._scales = torch.ones(model.n_layers)
+        self._basis: Basis | None = None
         self._idle = 0
         self.stopped: str | None = None
 
@@ -125,7 +128,7 @@ class TunedSteps:
                 "second": self._second,
                 "best": best,
                 "kl": self.best_kl,
-                "of": {"scales": self._scales, "rates": self._rates},
+                "of": {"rates": self._rates, **self._based().tensors()},
             }
         )
         return tensors, {"history": self.history, "idle": self._idle, "stopped": self.stopped}
@@ -141,20 +144,15 @@ class TunedSteps:
         self.best = {lens: group_of(best, lens) for lens in order}
         self.best_kl = group_of(tensors, "kl")
         self._first, self._second = group_of(tensors, "first"), group_of(tensors, "second")
-        self._scales, self._rates = tensors["of.scales"], tensors["of.rates"]
+        self._rates = tensors["of.rates"]
+        self._basis = Basis(tensors["of.scale"], tensors["of.mean"], tensors["of.axes"])
         self.history, self._idle = values["history"], int(values["idle"])
         self.stopped = values["stopped"]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of the best lenses: "tuned", and "bias" where it was trained."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for lens, parameters in self.best.items():
-            tensors = dict(parameters)
-            tensors["bias"] = tensors["bias"] * self._scales[:, None]
-            if "log_inverse" in tensors:
-                tensors["inverse_temperature"] = tensors.pop("log_inverse").exp()
-            found[lens] = {name: tensor.cpu() for name, tensor in tensors.items()}
-        return found
+        basis = self._based()
+        return {lens: in_residuals(parameters, basis) for lens, parameters in self.best.items()}
 
     def validation(self) -> States:
         """Return the states of the validation text, gathered once."""
@@ -166,7 +164,6 @@ class TunedSteps:
         options, model = self._options, self._model
         states = self.validation()
         device = states.head.device
-        self._scales = scales_of(states.residual[:-1]).to(device)
         identity = at_identity(model.n_layers, model.d_model, options, seed=self._data.seed)
         self.parameters = {"tuned": {k: v.to(device) for k, v in identity.items()}}
         if options.baseline:
@@ -174,11 +171,12 @@ class TunedSteps:
             self.parameters["bias"] = {"bias": bias}
         self._evaluate(0)
         if options.start == "regression":
-            count = min(self._per_epoch, max(1, -(-4 * model.d_model // self._rows_a_batch())))
+            rows = _START_ROWS * model.d_model
+            count = min(self._per_epoch, -(-rows // self._rows_a_batch()))
             parts = (batch_at(self._corpus.train, self._data, index) for index in range(count))
             start = regressed(
                 (states_at(model, ids, positions) for ids, positions in parts),
-                self._scales,
+                self._based(),
                 self.parameters["tuned"],
             )
             before = self.best_kl["tuned"].clone()
@@ -193,24 +191,34 @@ class TunedSteps:
                 self._first[f"{lens}.{name}"] = torch.zeros_like(tensor)
                 self._second[f"{lens}.{name}"] = torch.zeros_like(tensor)
 
+    def _based(self) -> Basis:
+        if self._basis is None:
+            self._basis = basis_of(self.validation().residual[:-1])
+        return self._basis
+
     def _rows_a_batch(self) -> int:
         return self._data.batch * self._data.positions
 
     def _losses(self, states: States, *, gradients: bool) -> dict[str, Float[Tensor, " layer"]]:
         """Return the loss of every lens per row index; leaves gradients in the parameters."""
         losses: dict[str, Tensor] = {}
+        n_rows, basis = states.head.shape[0], self._based()
         with torch.set_grad_enabled(gradients):
             for lens, parameters in self.parameters.items():
                 for tensor in parameters.values():
                     tensor.requires_grad_(gradients)
                     tensor.grad = None
-                hidden = hidden_of(
-                    self._model, states.residual, parameters, self._scales, self._norm
-                )
-                loss = kl_to_teacher(hidden, states.head, self._model.unembedding)
-                if gradients and bool(torch.isfinite(loss).all()):
-                    loss.sum().backward()
-                losses[lens] = loss.detach()
+                total = torch.zeros(self._model.n_layers, device=states.head.device)
+                for first in range(0, n_rows, ROWS_AT_ONCE):  # gradients add up; memory does not
+                    rows = slice(first, first + ROWS_AT_ONCE)
+                    residual, head = states.residual[:, rows], states.head[rows]
+                    hidden = hidden_of(self._model, residual, parameters, basis, self._norm)
+                    loss = kl_to_teacher(hidden, head, self._model.unembedding)
+                    loss = loss * (head.shape[0] / n_rows)
+                    if gradients and bool(torch.isfinite(loss).all()):
+                        loss.sum().backward()
+                    total += loss.detach()
+                losses[lens] = total
         return losses
 
     @torch.no_grad()

@@ -156,6 +156,23 @@ def test_a_lens_that_only_calibrates_is_called_so() -> None:
     assert section["on_text"]["variants"][0]["kl_bits_tuned"] < 1e-5
 
 
+@pytest.mark.parametrize(("inverse", "gains"), [(0.2, True), (2.0, False)])
+def test_gains_on_the_runs_own_prompts_are_those_of_its_passes(inverse: float, gains: bool) -> None:
+    """The norm lens is five times too sure: a fifth of that is the model, twice that is farther."""
+    model = overconfident()
+    tensors = tuned_tensors(model)
+    tensors["inverse_temperature"] = torch.full((model.n_layers,), inverse)
+    section = audited(model, TunedLens(model, tensors, norm="next_norm"))
+    assert section["gates"]["tuned_gains_on_prompts"] is gains
+    assert (section["gain_on_prompts_p50"] > 0.1) is gains
+    told = [line for line in section["warnings"] if "on the run's own prompts" in line]
+    assert bool(told) is not gains
+    if gains:
+        baseline = [row["kl_bits_baseline"] for row in section["variants"]]
+        found = [row["delta_kl_bits_tuned"] for row in section["variants"]]
+        assert found == pytest.approx(baseline, abs=1e-5)  # nothing is left to gain
+
+
 def test_a_temperature_that_was_fitted_apart_and_does_better_is_told() -> None:
     model = overconfident()
     tensors = tuned_tensors(model)
