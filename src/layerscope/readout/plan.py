@@ -26,8 +26,9 @@ MIN_GROUP = 4  # two rows and their counterparts in the other lens
 SCRATCH = 4
 _WORKING_SET = 1 << 20  # logits that a worker holds: with their scratch they stay in a shared cache
 _TILE_ROWS = 208  # more rows per product gain nothing on a CPU ...
-_TILE_LOGITS = 208 * 32_000  # ... unless they are narrow
-_TILE_ROWS_CONVERTED = 2048  # unless each product converts the weights first
+_TILE_LOGITS = 208 * 32_000  # ... unless they are narrow,
+_TILE_ROWS_IN_PARTS = 416  # unless each product takes the weights apart first (matrix units) ...
+_TILE_ROWS_CONVERTED = 2048  # ... or converts them
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 
 
@@ -76,9 +77,23 @@ class Budget:
 
     @staticmethod
     def of(
-        budget_bytes: int, *, d_vocab: int, d_model: int, converted: bool, workers: int = 1
+        budget_bytes: int,
+        *,
+        d_vocab: int,
+        d_model: int,
+        converted: bool,
+        in_parts: bool = False,
+        workers: int = 1,
     ) -> Budget:
         """Spend `budget_bytes`.
+
+        Args:
+            budget_bytes: how many.
+            d_vocab: width of a row of logits.
+            d_model: width of a row of weights.
+            converted: whether weights are converted to float32.
+            in_parts: whether the product takes them apart (see `matrix_units`).
+            workers: how many may work at a time.
 
         Raises:
             ConfigError: it does not hold the smallest group.
@@ -100,7 +115,9 @@ class Budget:
                 f"budget_bytes={budget_bytes} is too small for rows of {d_vocab} logits; "
                 f"pass at least {need}"
             )
-        tile = max(_TILE_ROWS_CONVERTED if converted else _TILE_ROWS, _TILE_LOGITS // d_vocab)
+        tile = max(_TILE_ROWS, _TILE_LOGITS // d_vocab)
+        if converted or in_parts:
+            tile = max(tile, _TILE_ROWS_CONVERTED if converted else _TILE_ROWS_IN_PARTS)
         return Budget(group, rows, tile, tokens, d_vocab, workers)
 
     def worked_on(self, n_slots: int) -> int:

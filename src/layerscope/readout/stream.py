@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerscope.products import ProductChoice, Products, choose
+from layerscope.products.choice import MATRIX_UNITS
 from layerscope.readout import finish, fused, geometry, logits, ranking
 from layerscope.readout.job import Job
 from layerscope.readout.part import Part, own_rows
@@ -72,6 +73,7 @@ def readout(
         d_vocab=unembedding.d_vocab,
         d_model=unembedding.d_model,
         converted=unembedding.weight.dtype != torch.float32,
+        in_parts=products.precision == MATRIX_UNITS,
         workers=workers.count,
     )
     tiles = plan(
