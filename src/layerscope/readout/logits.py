@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -48,8 +49,14 @@ def multiply(
         size = min(size, -(-len(weight) // (_SHARES * budget.workers)))
     slices = [slice(first, first + size) for first in range(0, len(weight), size)]
     left = iter(slices)
-    columns = None
-    if dots is None and products.precision == MATRIX_UNITS and len(vectors) >= _MANY_ROWS:
+    columns, in_line = None, weight.stride(1) == 1 or converted is not None
+    dots = dots if in_line else None
+    if (
+        in_line
+        and dots is None
+        and products.precision == MATRIX_UNITS
+        and len(vectors) >= _MANY_ROWS
+    ):
         from layerscope.products import matrix_units
 
         columns = matrix_units.Columns.of(in_bits.T)
@@ -59,15 +66,16 @@ def multiply(
             part = weight[tokens]
             if converted is not None:
                 part = converted[worker][: len(part)].copy_(part)
-            if dots is not None and part.stride(1) == 1:
+            if dots is not None:
                 dots.multiply(in_bits.numpy(), part.numpy(), out[:, tokens].numpy())
-            elif columns is not None and part.stride(1) == 1:
+            elif columns is not None:
                 columns.multiply(part, out[:, tokens].T)
             else:
                 _multiply(in_bits, part, out=out[:, tokens])
 
     at_once = min(budget.workers, len(slices))
-    with product_scope(products):
+    of_ours = dots is not None or columns is not None
+    with nullcontext() if of_ours else product_scope(products):
         workers.map(work, range(at_once), at_once=at_once)
 
 
