@@ -3,12 +3,13 @@
 Those units multiply bfloat16 numbers, sixteen times as many at a time as the vector units multiply
 float32. A float32 number is the sum of three bfloat16 numbers, so that six of their nine products
 make one that is as accurate as float32 (G. Henry, P. T. P. Tang and A. Heinecke, Leveraging the
-bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019, section 2), in
-less than half of the time.
+bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019, section 2).
 
-Sums are float32 and always taken in the same order, so that an entry depends neither on the other
-rows nor on how the work is shared out. Numbers below 2 ** -126 count as zero; a row with infinity
-or NaN gives NaN. Importing this module compiles its loops, or loads them from numba's cache.
+Sums are float32. With the same columns they are always taken in the same order, so that an entry
+depends neither on the other rows nor on how the work is shared out; which factor gives the columns
+in `product` depends on the sizes, and rounding with it. Numbers below 2 ** -126 count as zero; a
+row with infinity or NaN gives NaN. Importing this module compiles its loops, or loads them from
+numba's cache.
 """
 
 from __future__ import annotations
