@@ -114,6 +114,32 @@ def test_failure_of_one_model_is_a_status(
     assert (out / "run-latest" / "output-tiny-llama.json").exists()
 
 
+def test_prompts_that_cannot_be_asked_are_left_out_and_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed, out = tmp_path / "mixed.csv", tmp_path / "out"
+    mixed.write_text(PROMPTS + "<inside>,two ,three\n", encoding="utf-8")
+    words = (folder, "--prompts", mixed, "--diagnostics", "none", "--out", out)
+    assert layers(*words, "--json") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"{folder}: 1 of 3 prompts left out")
+    assert captured.err.count("\n") == 1
+    answer = json.loads(captured.out)
+    assert answer["status"] == "finished"
+    (left,) = answer["summary"]["prompts"]["left_out"]
+    assert (left["prompt"], left["stage"]) == ("<inside>", "alignment")
+    assert answer["provenance"]["prompts"]["left_out"] == [left]
+    latest = out / "run-latest"
+    record = json.loads((latest / "output-tiny-llama.json").read_text())
+    assert record["prompts"]["left_out"] == [left] and record["prompts"]["given"] == 3
+    page = (latest / "report.html").read_text("utf-8")
+    assert "1 of 3 prompts left out:" in page and "&lt;inside&gt; (orig)" in page
+    assert "drop the whitespace at the end of the prompt" in page
+    assert layers(*words, "--no-html") == 2
+    said = capsys.readouterr().out
+    assert "1 of 3 prompts left out:\n  <inside> (orig): the answer starts inside a token" in said
+
+
 def test_interruption_keeps_finished_work_and_goes_on(
     folder: Path,
     prompts: Path,

@@ -48,8 +48,9 @@ HELP = """Look inside language models, and know whether to believe what you see.
 
 MODEL is a Hugging Face id or a local folder. `layerscope COMMAND --help` is a command's manual.
 
-Exit codes: 0 done; 2 a mistake that can be repaired, one line says how; 130 interrupted: finished
-work is kept, the same command goes on.
+Exit codes: 0 done; 2 a mistake that can be repaired, one line says how (of several models or
+prompts the others are finished all the same); 130 interrupted: finished work is kept, the same
+command goes on.
 """
 
 

@@ -41,6 +41,9 @@ Results land in OUT/run-latest; an earlier one is renamed, never overwritten:
 - `output-MODEL-layers.parquet`: the typed table, from which `layerscope measures` recomputes all
 - `output-MODEL.json` and CSV files: summary and tables
 
+A prompt whose answer does not follow it in whole tokens, or that is too long, is listed with the
+reason and left out; the others are read all the same, and the exit code is 2.
+
 A run that was interrupted or killed goes on when the same command is given again.
 """
 
@@ -177,7 +180,7 @@ def layers(
     )
     sweep = run_sweep(models, chosen, config, options)
     show(sweep, as_json=as_json)
-    return 2 if any(outcome.status == "failed" for outcome in sweep.outcomes) else 0
+    return 0 if all(outcome.complete for outcome in sweep.outcomes) else 2
 
 
 def parse_lenses(text: str) -> tuple[tuple[str, ...], dict[str, str]]:

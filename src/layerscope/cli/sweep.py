@@ -47,6 +47,11 @@ class ModelOutcome:
     result: LayersResult | None = None
     files: list[Path] = field(default_factory=lambda: [])
 
+    @property
+    def complete(self) -> bool:
+        """Whether the model was read, on every prompt that was given."""
+        return self.result is not None and not self.result.left_out
+
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON values; published field names stand at its top level."""
         summary = self.result.summary if self.result else {}
@@ -106,6 +111,7 @@ def run_sweep(
             try:
                 planned = first or _prepare(model, prompts, config, options)
                 outcomes.append(_run_one(store, folder, model, planned))
+                _say_left_out(model, planned)
             except LayerscopeError as error:
                 if len(models) == 1:
                     raise
@@ -141,6 +147,15 @@ def _record_failure(
     )
     run.fail(str(error))
     return ModelOutcome(model, "failed", run_id=run.id, error=str(error), files=[path])
+
+
+def _say_left_out(model: str, planned: Plan) -> None:
+    """Say on stderr why the exit code is not 0; which prompts is in the summary."""
+    found = planned.asked.left_out
+    if found:
+        count = f"{len(found)} of {len(found) + len(planned.asked.passes)}"
+        line = f"{model}: {count} prompts left out; mend them or drop them (the summary says why)"
+        console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _how(options: SweepOptions) -> list[Any]:

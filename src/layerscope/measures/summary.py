@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,20 +63,28 @@ def summarise(
     config: MeasureConfig | None = None,
     *,
     diagnostics: Mapping[str, Any] | None = None,
+    left_out: Sequence[Mapping[str, Any]] = (),
 ) -> Summary:
     """Recompute every milestone and check of a table; raises TableError when it has no rows.
 
     `diagnostics` are sections by name that need the model again; they are kept as they are.
+    `left_out` are prompts that are not in the table; those of stage "alignment" count as answers
+    that could not be aligned.
     """
-    return _Summariser(table, config or MeasureConfig(), diagnostics or {}).run()
+    unaligned = [entry for entry in left_out if entry["stage"] == "alignment"]
+    return _Summariser(table, config or MeasureConfig(), diagnostics or {}, unaligned).run()
 
 
 class _Summariser:
     def __init__(
-        self, table: LayersTable, config: MeasureConfig, diagnostics: Mapping[str, Any]
+        self,
+        table: LayersTable,
+        config: MeasureConfig,
+        diagnostics: Mapping[str, Any],
+        unaligned: Sequence[Mapping[str, Any]],
     ) -> None:
         self.table, self.config, self.meta = table, config, table.meta
-        self.diagnostics = diagnostics
+        self.diagnostics, self.unaligned = diagnostics, unaligned
         self.rows = pass_rows(table)
         if not self.rows:
             raise TableError(
@@ -282,8 +290,22 @@ class _Summariser:
             for prompt in prompts
             if prompt.alignment_status != "ok"
         ]
-        rate = 1.0 - len(partial) / len(prompts) if prompts else None
-        return {"rate": rate, "n": len(prompts), "partial": partial}
+        partial += [
+            {
+                "prompt_index": None,
+                "fact_key": entry["prompt"],
+                "prompt_id": "ctl" if entry["variant"] == "control" else "pos",
+                "prompt_variant": "orig" if entry["variant"] == "control" else entry["variant"],
+                "status": "left_out",
+            }
+            for entry in self.unaligned
+        ]
+        count = len(prompts) + len(self.unaligned)
+        return {
+            "rate": 1.0 - len(partial) / count if count else None,
+            "n": count,
+            "partial": partial,
+        }
 
 
 def _key(part: PassRows) -> str:

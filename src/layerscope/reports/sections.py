@@ -17,9 +17,11 @@ from layerscope.reports.glossary import TABULATED, label, lasts, meaning
 from layerscope.reports.lenses import LensTable, lens_table
 from layerscope.reports.text import number, visible
 from layerscope.reports.verdict import (
+    LeftOut,
     Reason,
     advice,
     baseline_prompt,
+    left_out,
     milestones_of,
     pass_entry,
     primary_lens,
@@ -58,6 +60,7 @@ class ModelSections:
     reasons: tuple[Reason, ...]
     advice: tuple[str, ...]
     omitted: tuple[str, ...]
+    left_out: LeftOut | None
     raw_summary: tuple[str, ...]
     lenses: LensTable
     checks: tuple[Check, ...]
@@ -91,6 +94,7 @@ def model_sections(
         reasons=tuple(reasons(summary)),
         advice=tuple(advice(summary)),
         omitted=tuple(omitted),
+        left_out=left_out(summary),
         raw_summary=_raw_summary(summary, prompt),
         lenses=lens_table(summary),
         checks=tuple(checks(summary)),

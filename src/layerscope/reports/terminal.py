@@ -21,6 +21,7 @@ from layerscope.reports.verdict import (
     advice,
     baseline_entry,
     baseline_prompt,
+    left_out,
     milestones_of,
     primary_lens,
     reading,
@@ -31,6 +32,7 @@ from layerscope.reports.verdict import (
 WIDE = 110  # columns from which the wider tables are used
 MAX_FACTS = 20
 MAX_LAYERS = 21
+MAX_LEFT_OUT = 20
 _NARROW_MILESTONES = (
     "first_rank_le_5",
     "L_semantic",
@@ -65,6 +67,7 @@ def print_summary(summary: Mapping[str, Any], table: LayersTable | None, console
     if level is not None:
         line.append(f"trust: {level}", style=_TRUST_STYLES.get(level, "bold")).append("  ")
     console.print(line.append(why))
+    _print_left_out(summary, console)
     _print_facts(summary, table, console)
     if table is not None and prompt is not None:
         _print_layers(summary, table, prompt, console)
@@ -76,6 +79,17 @@ def _title(summary: Mapping[str, Any]) -> Text:
     line = Text(visible(str(summary.get("model", "model")), keep_spaces=True), style="bold cyan")
     line.append(f"  {number(summary.get('n_layers'))} layers", style="dim")
     return line.append(f", vocabulary {number(summary.get('d_vocab'))}", style="dim")
+
+
+def _print_left_out(summary: Mapping[str, Any], console: Console) -> None:
+    found = left_out(summary)
+    if found is None:
+        return
+    console.print(Text(found.line, style="yellow"))
+    for name, why in found.entries[:MAX_LEFT_OUT]:
+        console.print(Text(f"  {name}: {why}"), soft_wrap=True)
+    if len(found.entries) > MAX_LEFT_OUT:
+        console.print(Text(f"  … and {len(found.entries) - MAX_LEFT_OUT} more", style="dim"))
 
 
 def _heading(console: Console, title: str, note: str = "") -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerscope.measures.table import LayersTable, PromptInfo
 from layerscope.reports.glossary import canonical
-from layerscope.reports.text import number, quoted
+from layerscope.reports.text import number, quoted, visible
 
 NO_GUIDANCE = "The summary holds no measurement guidance, so nothing is said about trust."
 
@@ -22,6 +22,32 @@ class Reason:
     message: str
     evidence: tuple[tuple[str, str], ...]
     action: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The prompts that could not be asked: a line that counts them, and (name, reason) of each."""
+
+    line: str
+    entries: tuple[tuple[str, str], ...]
+
+
+def left_out(summary: Mapping[str, Any]) -> LeftOut | None:
+    """Return the prompts of a run that were left out, or None where there are none."""
+    prompts: Mapping[str, Any] = summary.get("prompts") or {}
+    found: Sequence[Mapping[str, Any]] = prompts.get("left_out") or ()
+    if not found:
+        return None
+    return LeftOut(
+        f"{len(found)} of {prompts['given']} prompts left out:",
+        tuple(
+            (
+                visible(f"{entry['prompt']} ({entry['variant']})", keep_spaces=True),
+                visible(entry["reason"], keep_spaces=True),
+            )
+            for entry in found
+        ),
+    )
 
 
 def milestones_of(entry: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:

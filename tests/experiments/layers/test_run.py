@@ -111,7 +111,7 @@ def test_bad_prompts_are_refused_before_any_work(model: LanguageModel) -> None:
     units = Units()
     long = Fact(key="long", prompt="word " * 2000, answer="x")
     with pytest.raises(PromptError, match="'long'"):
-        execute(plan(model, PromptSet("p", (*FACTS, long)), CONFIG), units=units)
+        execute(plan(model, PromptSet("p", (long,)), CONFIG), units=units)
     inside = Fact(key="inside", prompt="The capital of Germany is Ber", answer="lin")
     try:
         plan(model, PromptSet("p", (inside,)), CONFIG)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from layerscope.errors import PromptError
@@ -70,16 +70,39 @@ def prepare(
 
     `strings` are the model's token strings, for callers that prepare passes one by one.
     """
+    found: list[PreparedPass] = []
+    for source, item in zip(
+        passes, try_prepare(model, passes, config, strings=strings), strict=True
+    ):
+        if isinstance(item, PromptError):
+            raise named(source, item)
+        found.append(item)
+    return found
+
+
+def try_prepare(
+    model: LanguageModel,
+    passes: Sequence[Pass],
+    config: LayersConfig,
+    *,
+    strings: Sequence[str] | None = None,
+) -> Iterator[PreparedPass | PromptError]:
+    """Prepare passes one by one; one that cannot be asked yields the error that says why."""
     template = get_template(config.task, family=model.family)
     strings = model.token_strings() if strings is None else strings
-    found: list[PreparedPass] = []
     for source in passes:
         try:
-            found.append(_prepare_one(model, source, template, config, strings))
+            found = _prepare_one(model, source, template, config, strings)
         except PromptError as error:
-            name = source.fact_key or "the control"
-            raise type(error)(f"prompt {name!r} ({source.variant}): {error}") from None
-    return found
+            yield error
+        else:
+            yield found
+
+
+def named(source: Pass, error: PromptError) -> PromptError:
+    """Return an error of the same class that names its prompt."""
+    name = source.fact_key or "the control"
+    return type(error)(f"prompt {name!r} ({source.variant}): {error}")
 
 
 def _prepare_one(
@@ -91,6 +114,7 @@ def _prepare_one(
 ) -> PreparedPass:
     format_ = chosen_format(model, config)
     prompt = template.prompt(source.text, format=format_, system=config.system)
+    prompt = replace(prompt, key=source.fact_key or "control")
     rendered = render(model.tokenizer, prompt, tuning=model.tuning)
     joint = source.joint
     alignment = align_answer(model.tokenizer, rendered.text, source.answer, variant=joint)

@@ -12,6 +12,7 @@ import polars as pl
 from layerscope.allocator import peak_memory_bytes
 from layerscope.errors import ConfigError
 from layerscope.experiments import provenance
+from layerscope.experiments.layers.asking import Asked, ask
 from layerscope.experiments.layers.calibrate import (
     Calibrated,
     Calibration,
@@ -20,7 +21,7 @@ from layerscope.experiments.layers.calibrate import (
 )
 from layerscope.experiments.layers.config import LayersConfig
 from layerscope.experiments.layers.decode import BatchDecoder
-from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, prepare, work_units
+from layerscope.experiments.layers.prepare import WorkUnit, chosen_format, work_units
 from layerscope.experiments.layers.prompts import PromptSet
 from layerscope.experiments.units import Progress, UnitStore
 from layerscope.lenses.base import Lens
@@ -45,6 +46,11 @@ class LayersResult:
     summary: dict[str, Any]
     provenance: dict[str, Any]
 
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """The prompts that could not be asked: prompt, variant, stage and reason of each."""
+        return list((self.summary.get("prompts") or {}).get("left_out") or ())
+
     def milestones(self) -> pl.DataFrame:
         """Return one row per pass and lens with its main milestones (row indices)."""
         names = ("L_copy", "L_semantic", "first_kl_below_0.5", "first_kl_below_1.0")
@@ -57,10 +63,14 @@ class LayersResult:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is ready to start: everything checked, nothing computed."""
+    """A run that is ready to start: everything checked, nothing computed.
+
+    `prompts` is what was given, `asked` what of it can be asked of this model.
+    """
 
     model: LanguageModel
     prompts: PromptSet
+    asked: Asked
     config: LayersConfig
     units: tuple[WorkUnit, ...]
     identity: Mapping[str, Any]
@@ -94,8 +104,9 @@ def analyze(
     Raises:
         ConfigError: the text for the diagnostics cannot be read.
         LensError: a fitted lens is missing, or does not fit the model.
-        PromptError: a prompt is empty or too long. AlignmentError: an answer does not follow its
-            prompt in whole tokens. Both before anything is computed.
+        PromptError: no prompt can be asked: the first is empty or too long. AlignmentError: the
+            first one's answer does not follow it in whole tokens. Both before anything is computed;
+            where only some prompts cannot be asked, they are in `LayersResult.left_out`.
     """
     loaded = model if isinstance(model, LanguageModel) else load(str(model))
     return execute(plan(loaded, _prompt_set(prompts), config), units=units, progress=progress)
@@ -109,9 +120,9 @@ def plan(
     config = config or LayersConfig()
     if config.text is not None and next(TextSource(config.text).documents(), None) is None:
         raise ConfigError(f"{config.text} holds no text; give text for the diagnostics to read")
-    prepared = prepare(model, prompts.passes(), config)
+    asked = ask(model, prompts, config)
     found = find_lenses(config.lenses, model, norm=config.norm_choice, artifacts=config.artifacts)
-    calibration = plan_calibration(prepared, found, model, config)
+    calibration = plan_calibration(asked.passes, found, model, config)
     identity = {
         "model": model.provenance(),
         "versions": provenance.versions(),
@@ -119,9 +130,9 @@ def plan(
         "norm_temperature": None if calibration is None else calibration.identity,
     }
     units = work_units(
-        prepared, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
+        asked.passes, config, n_layers=model.n_layers, d_model=model.d_model, identity=identity
     )
-    return Plan(model, prompts, config, tuple(units), identity, found, calibration)
+    return Plan(model, prompts, asked, config, tuple(units), identity, found, calibration)
 
 
 def execute(
@@ -152,7 +163,14 @@ def execute(
     watch.lap("table")
     diagnostics = _diagnostics(planned, table, units)
     watch.lap("diagnose")
-    summary = summarise(table, planned.config.measures, diagnostics=diagnostics).to_dict()
+    given = planned.asked.to_dict()
+    summary = summarise(
+        table,
+        planned.config.measures,
+        diagnostics=diagnostics,
+        left_out=given["left_out"],
+    ).to_dict()
+    summary["prompts"] = given
     watch.lap("measure")
     return LayersResult(table, summary, _provenance(planned, watch))
 
@@ -215,7 +233,7 @@ def _meta(planned: Plan, infos: Sequence[PromptInfo], calibrated: Calibrated | N
         prompts=tuple(infos),
         lenses={entry.name: entry.to_dict() for entry in planned.found},
         norm_temperature=None if calibrated is None else calibrated.record,
-        provenance={"prompts_sha256": planned.prompts.digest()},
+        provenance={"prompts_sha256": planned.asked.prompts.digest()},
     )
 
 
@@ -235,6 +253,7 @@ def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
             "facts": len(planned.prompts.facts),
             "passes": sum(len(unit.passes) for unit in planned.units),
             "sha256": planned.prompts.digest(),
+            "left_out": planned.asked.to_dict()["left_out"],
             "format": chosen_format(model, planned.config),
             "format_reason": _format_reason(planned),
         },

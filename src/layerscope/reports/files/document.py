@@ -1,9 +1,10 @@
 """The JSON of one model: the earlier system's key tree, from whatever lenses and checks were run.
 
-Added to it: "schema_version", "status", "model", "files", and under "passes" every milestone of
-every pass with its first, stable and lost rows (null when it was not reached). A stage that this
-version does not have is `{"status": "skipped", "reason": ...}`, never a silent null. Names that
-earlier plans and code put in different places ("summary" and "diagnostics") are in both.
+Added to it: "schema_version", "status", "model", "files", "given" and "left_out" under "prompts",
+and under "passes" every milestone of every pass with its first, stable and lost rows (null when it
+was not reached). A stage that this version does not have is `{"status": "skipped", "reason": ...}`,
+never a silent null. Names that earlier plans and code put in different places ("summary" and
+"diagnostics") are in both.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def document(
                 dict.fromkeys(
                     item.fact_key for item in view.table.passes() if item.fact_key is not None
                 )
-            )
+            ),
+            **(view.summary.get("prompts") or {}),
         },
         "provenance": {**provenance, "env": _environment(provenance)},
         "copy_flag_columns": flag_columns(view.config),
