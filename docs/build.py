@@ -6,8 +6,10 @@ on every class of models, docs/site/ from the docstrings.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -34,13 +36,40 @@ def families() -> str:
     return family_table([survey(key) for key in EVERYTHING])
 
 
-def main() -> None:
-    """Write all references."""
-    (DOCS / "families.md").write_text(families(), encoding="utf-8")
-    (DOCS / "cli.md").write_text(cli_reference(), encoding="utf-8")
+def site() -> Path:
+    """Write the reference of the library, and return its first page."""
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(DOCS / "site")]
     subprocess.run([*command, "layerscope"], check=True)
-    print(f"{DOCS / 'cli.md'}\n{DOCS / 'families.md'}\n{DOCS / 'site' / 'index.html'}")  # noqa: T201
+    return DOCS / "site" / "index.html"
+
+
+def _written(name: str, text: str) -> Path:
+    path = DOCS / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+PARTS: dict[str, Callable[[], Path]] = {
+    "families": lambda: _written("families.md", families()),
+    "cli": lambda: _written("cli.md", cli_reference()),
+    "site": site,
+}
+
+
+def main() -> None:
+    """Write the references that were asked for, all of them by default."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}. Default: all of them."
+    )
+    asked = parser.parse_args().parts
+    for name in asked:
+        if name not in PARTS:
+            parser.error(f"unknown part {name!r}; use {', '.join(PARTS)}")
+    for name in asked or PARTS:
+        print(PARTS[name]())  # noqa: T201
 
 
 if __name__ == "__main__":
