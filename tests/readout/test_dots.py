@@ -65,6 +65,15 @@ def test_an_entry_depends_on_nothing_but_its_row_and_its_token(d: int) -> None:
         assert (apart == whole).all()
 
 
+@pytest.mark.parametrize("tokens", [3, 512, 1027, 2049])
+def test_threads_share_the_tokens_and_change_nothing(tokens: int) -> None:
+    x, w = _pair(13, tokens, 40)
+    together = np.full((13, tokens), 7, F)
+    dots.multiply(x, w, together, threads=3)
+    assert (together == _product(x, w)).all()
+    _check(together, x, w)
+
+
 def test_rows_may_lie_apart() -> None:
     big_x, big_w = _pair(10, 90, 80)
     x, w = big_x[::2, 5:38], big_w[3:80:3, 7:40]
@@ -182,9 +191,9 @@ def test_which_jobs_are_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     multiply = dots.multiply
 
-    def counted(x: np.ndarray, w: np.ndarray, out: np.ndarray) -> None:
+    def counted(x: np.ndarray, w: np.ndarray, out: np.ndarray, *, threads: int = 1) -> None:
         calls.append(len(x))
-        multiply(x, w, out)
+        multiply(x, w, out, threads=threads)
 
     monkeypatch.setattr(dots, "multiply", counted)
     job = _job("plain")

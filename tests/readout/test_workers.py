@@ -8,12 +8,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from layerscope.products import openmp
 from layerscope.readout import Reference, Unembedding, plan, readout
 from layerscope.readout.workers import Workers
 
 
-@pytest.fixture(autouse=True)
-def _three_threads() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=["torch's threads", "a pool"])
+def _three_threads(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Three threads, those of torch where they can be asked, or others beside them."""
+    if request.param == "a pool":
+        monkeypatch.setattr(openmp, "available", lambda: False)
+    elif not openmp.available():
+        pytest.skip("torch's threads cannot be asked here")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -57,6 +65,15 @@ def test_an_error_is_raised_after_all_have_stopped() -> None:
             workers.map(work, range(4), at_once=2)
         assert finished == [1, 3]
     assert torch.get_num_threads() == 3
+
+
+def test_an_interruption_in_a_worker_is_not_lost() -> None:
+    def work(item: int, worker: int) -> None:
+        if item == 2:
+            raise KeyboardInterrupt
+
+    with Workers(3) as workers, pytest.raises(KeyboardInterrupt):
+        workers.map(work, range(3), at_once=3)
 
 
 def test_gradients_are_off_in_workers() -> None:

@@ -18,15 +18,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-from layerscope.products.compiling import callback, compiled
+from layerscope.products.compiling import Longs, as_array, callback, compiled, take
 
-Longs = NDArray[np.int64]
 ir: Any = importlib.import_module("llvmlite.ir")
 
 SIDE, DEPTH = 16, 32  # rows or columns of a block; entries that are added up at a time
@@ -141,17 +138,6 @@ def _release(_typing: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
         _call(builder, "llvm.x86.tilerelease", _VOID)
 
     return _written(write, 0)
-
-
-@intrinsic
-def _take(_typing: Any, counter: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-    """Return the counter and add one to it, whoever else does so at the same time."""
-
-    def write(builder: Any, at: Any) -> Any:
-        pointer = builder.inttoptr(at, _LONG.as_pointer())
-        return builder.atomic_rmw("add", pointer, _LONG(1), "monotonic")
-
-    return _written(write, 1, types.int64)
 
 
 @intrinsic
@@ -383,12 +369,10 @@ def _move(  # pyright: ignore[reportUnusedFunction]
     return _written(write, 6)
 
 
-_array = cast("Callable[..., Longs]", vars(numba)["carray"])
 Writes = Callable[..., None]
 configure, release = cast("Writes", _configure), cast("Writes", _release)
 split, transpose = cast("Writes", _split), cast("Writes", _transpose)
 blocks, move, expect = cast("Writes", _blocks), cast("Writes", _move), cast("Writes", _expect)
-take = cast("Callable[[int], int]", _take)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
@@ -518,10 +502,10 @@ def multiply_rows(task: Longs) -> None:
 @callback("void(CPointer(int64))")
 def pack_columns_at(address: Longs) -> None:
     """Do what `pack_columns` does, for the task at an address."""
-    pack_columns(_array(address, (FIELDS,)))
+    pack_columns(as_array(address, (FIELDS,)))
 
 
 @callback("void(CPointer(int64))")
 def multiply_rows_at(address: Longs) -> None:
     """Do what `multiply_rows` does, for the task at an address."""
-    multiply_rows(_array(address, (FIELDS,)))
+    multiply_rows(as_array(address, (FIELDS,)))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
 
+ir: Any = importlib.import_module("llvmlite.ir")
+Longs = NDArray[np.int64]
 _CALLBACKS: list[Any] = []  # what C may call must not be collected
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -40,3 +47,18 @@ def callback(signature: str) -> Callable[[Callable[..., None]], int]:
         return int(found.address)
 
     return compile_it
+
+
+@intrinsic
+def _take(_typing: Any, counter: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    """Return the counter and add one to it, whoever else does so at the same time."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        pointer = builder.inttoptr(given[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+take = cast("Callable[[int], int]", _take)  # the address of a counter
+as_array = cast("Callable[..., Longs]", vars(numba)["carray"])

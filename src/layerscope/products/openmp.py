@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+_CALLED = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
 
 @functools.lru_cache(maxsize=1)
 def _parallel() -> Callable[..., Any] | None:
@@ -41,3 +43,14 @@ def run(callback: int, argument: int, *, threads: int) -> None:
     function = _parallel()
     assert function is not None
     function(callback, argument, threads, 0)
+
+
+def call(work: Callable[[], None], *, threads: int) -> None:
+    """Call a Python function in so many threads at once, and wait for all.
+
+    The calling thread is one of them. `work` must not raise: nobody could pass that on.
+    """
+    told = _CALLED(lambda _argument: work())
+    address = ctypes.cast(told, ctypes.c_void_p).value
+    assert address is not None
+    run(address, 0, threads=threads)

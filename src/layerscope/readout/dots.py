@@ -21,7 +21,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from layerscope.products.compiling import compiled
+from layerscope.products import openmp
+from layerscope.products.compiling import Longs, as_array, callback, compiled, take
 from layerscope.readout.kernels import Floats
 
 ir: Any = importlib.import_module("llvmlite.ir")
@@ -46,6 +47,8 @@ def _shape() -> tuple[int, int]:
 _TOKENS = 4  # rows of the matrix at a time
 WIDTH, _ROWS = _shape()
 _LINE = 64  # bytes: what caches deal in
+_AT_ONCE = 128 * _TOKENS  # rows of the matrix that one thread takes at a time
+X, W, W_ROW, OUT, OUT_ROW, N_ROWS, N_TOKENS, N_ENTRIES, NEXT, FIELDS = range(10)  # of a task
 _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 _INT, _SHORT = ir.IntType(64), ir.IntType(32)
 
@@ -220,7 +223,29 @@ def _add_parts(builder: Any, left: Any, right: Any, places: list[int], apart: in
     return builder.fadd(*parts)
 
 
-tile = cast("Callable[..., None]", _tile)
+@intrinsic
+def _entry(_typing: Any, address: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    """Return the float at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.load(builder.inttoptr(given[0], ir.FloatType().as_pointer()))
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def _put(_typing: Any, address: Any, value: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    """Write a float to an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        builder.store(given[1], builder.inttoptr(given[0], ir.FloatType().as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+tile, put = cast("Callable[..., None]", _tile), cast("Callable[[int, float], None]", _put)
+entry = cast("Callable[[int], float]", _entry)
 
 
 @compiled("int64(int64, int64)", fastmath=set(), inline=True)
@@ -248,49 +273,77 @@ def _packed(x: Floats, steps: int) -> Floats:
     return packed
 
 
-@compiled("void(float32[:,:], float32[:,:], float32[:,:])", fastmath=set())
-def multiply(x: Floats, w: Floats, out: Floats) -> None:
+@compiled("void(int64[::1])", fastmath=set())
+def multiply_tokens(task: Longs) -> None:
+    """Take some rows of the matrix at a time until none is left."""
+    n_rows, n_tokens, d = task[N_ROWS], task[N_TOKENS], task[N_ENTRIES]
+    whole, steps = d // WIDTH, (d + WIDTH - 1) // WIDTH
+    n_blocks = (n_rows + _ROWS - 1) // _ROWS
+    rest = np.zeros((_TOKENS, WIDTH), np.float32)
+    single = np.empty((_ROWS, _TOKENS), np.float32)
+    counter = task.ctypes.data + 8 * NEXT
+    while True:
+        token = take(counter) * _AT_ONCE
+        if token >= n_tokens:
+            break
+        last = min(n_tokens, token + _AT_ONCE)
+        while token < last:
+            # The last tokens, if they do not fill a tile, come one by one.
+            alone = token + _TOKENS > last
+            stride = 0 if alone else task[W_ROW]
+            at = task[W] + token * task[W_ROW]
+            for column in range(_TOKENS if whole < steps else 0):
+                for k in range(whole * WIDTH, d):
+                    rest[column, k - whole * WIDTH] = entry(at + column * stride + 4 * k)
+            for block in range(n_blocks):
+                start, stop = _block_start(block, n_rows), _block_start(block + 1, n_rows)
+                out = task[OUT] + start * task[OUT_ROW] + 4 * token
+                tile(
+                    stop - start,
+                    task[X] + 4 * start * steps * WIDTH,
+                    at,
+                    stride,
+                    rest.ctypes.data,
+                    whole,
+                    steps,
+                    single.ctypes.data if alone else out,
+                    single.strides[0] if alone else task[OUT_ROW],
+                    # Every block fetches its share of the next tile.
+                    at + _TOKENS * task[W_ROW] + block * (4 * d // n_blocks),
+                    4 * WIDTH // n_blocks,
+                )
+                if alone:
+                    for row in range(stop - start):
+                        put(out + row * task[OUT_ROW], single[row, 0])
+            token += 1 if alone else _TOKENS
+
+
+@callback("void(CPointer(int64))")
+def multiply_tokens_at(address: Longs) -> None:
+    """Do what `multiply_tokens` does, for the task at an address."""
+    multiply_tokens(as_array(address, (FIELDS,)))
+
+
+def multiply(x: Floats, w: Floats, out: Floats, *, threads: int = 1) -> None:
     """Write ``x @ w.T``.
 
     Args:
         x: [row, d]
         w: [token, d]; the entries of a row lie side by side.
         out: [row, token]; the entries of a row lie side by side.
+        threads: how many of torch's threads take part, where they can be asked.
     """
-    (n_rows, d), n_tokens = x.shape, w.shape[0]
-    whole, steps = d // WIDTH, (d + WIDTH - 1) // WIDTH
-    n_blocks = (n_rows + _ROWS - 1) // _ROWS
-    packed = _packed(x, steps)
-    rest = np.zeros((_TOKENS, WIDTH), np.float32)
-    single = np.empty((_ROWS, _TOKENS), np.float32)
-    token = 0
-    while token < n_tokens:
-        # The last tokens, if they do not fill a tile, come one by one.
-        alone = token + _TOKENS > n_tokens
-        stride = 0 if alone else w.strides[0]
-        for column in range(_TOKENS if whole < steps else 0):
-            for k in range(whole * WIDTH, d):
-                rest[column, k - whole * WIDTH] = w[token if alone else token + column, k]
-        at = w.ctypes.data + token * w.strides[0]
-        for block in range(n_blocks):
-            start, stop = _block_start(block, n_rows), _block_start(block + 1, n_rows)
-            # Every block fetches its share of the next tile.
-            ahead = at + _TOKENS * w.strides[0] + block * (4 * d // n_blocks)
-            tile(
-                stop - start,
-                packed.ctypes.data + 4 * start * steps * WIDTH,
-                at,
-                stride,
-                rest.ctypes.data,
-                whole,
-                steps,
-                single.ctypes.data
-                if alone
-                else out.ctypes.data + start * out.strides[0] + 4 * token,
-                single.strides[0] if alone else out.strides[0],
-                ahead,
-                4 * WIDTH // n_blocks,
-            )
-            if alone:
-                out[start:stop, token] = single[: stop - start, 0]
-        token += 1 if alone else _TOKENS
+    packed = _packed(x, -(-x.shape[1] // WIDTH))
+    task = np.zeros(FIELDS, np.int64)
+    task[[X, W, W_ROW, OUT, OUT_ROW]] = (
+        packed.ctypes.data,
+        w.ctypes.data,
+        w.strides[0],
+        out.ctypes.data,
+        out.strides[0],
+    )
+    task[[N_ROWS, N_TOKENS, N_ENTRIES]] = len(x), len(w), x.shape[1]
+    if threads > 1 and openmp.available():
+        openmp.run(multiply_tokens_at, task.ctypes.data, threads=threads)
+    else:
+        multiply_tokens(task)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layerscope.products import ProductChoice
+from layerscope.products import ProductChoice, openmp
 from layerscope.products import products as product_scope
 from layerscope.products.choice import MATRIX_UNITS
 from layerscope.readout.job import BITS, Job, take
@@ -44,6 +44,9 @@ def multiply(
     """
     weight = job.unembedding.weight.detach()
     in_bits = vectors * BITS
+    if dots is not None and weight.stride(1) == 1 and converted is None and openmp.available():
+        dots.multiply(in_bits.numpy(), weight.numpy(), out.numpy(), threads=workers.threads)
+        return
     size = budget.slice
     if dots is not None:  # which is worth sharing out finely: one that starts late then does less
         size = min(size, -(-len(weight) // (_SHARES * budget.workers)))

@@ -93,6 +93,8 @@ def readout(
         return finish.finish(raw | geometry.cosines(job), job, kernels=ran)
 
 
+# Passes over fewer logits than this are done before another thread has heard of them.
+_SHARED = 1 << 19
 Likeliest = tuple[Float[Tensor, "group slot k"], Int[Tensor, "group slot k"]]
 
 
@@ -179,7 +181,7 @@ class _Stream:
             rank(piece)
             compare(piece, worker)
 
-        at_once = self.budget.workers
+        at_once = self.budget.workers if z.numel() >= _SHARED else 1
         pieces = sums.pieces(parts, at_once)
         # Rows of a group that is shared out wait for its reference; others stay in the cache.
         for work in (both,) if len(pieces) == len(parts) else (rank, compare):
