@@ -50,7 +50,11 @@ def call(work: Callable[[], None], *, threads: int) -> None:
 
     The calling thread is one of them. `work` must not raise: nobody could pass that on.
     """
-    told = _CALLED(lambda _argument: work())
+
+    def without_argument(_argument: int | None) -> None:
+        work()
+
+    told = _CALLED(without_argument)
     address = ctypes.cast(told, ctypes.c_void_p).value
     assert address is not None
     run(address, 0, threads=threads)

@@ -1,4 +1,4 @@
-"""Python threads that share the work of a readout, each on data of its own.
+"""Threads that share the work of a readout, each on data of its own.
 
 The passes are many short operations. On one set of data, each would end with all of torch's threads
 waiting for the slowest; on data of their own, threads never wait for each other, and the time that
@@ -26,7 +26,7 @@ _MOST = 8  # more would wait for the interpreter lock
 
 
 class Workers:
-    """A pool that lives for one readout.
+    """Those who work on one readout.
 
     While it is open, torch uses one thread for each operation (more only if there are more than
     the pool can take). torch's number of threads is a setting of the whole process; it is restored
