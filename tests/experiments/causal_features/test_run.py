@@ -20,6 +20,7 @@ from layerscope.experiments.pathways import PathwaysConfig
 from layerscope.experiments.pathways.audit import Universe, audit
 from layerscope.experiments.units import Outcome
 from layerscope.features.row_edits import RowPatch, patch_rows
+from layerscope.files import canonical_json, sha256_text
 from layerscope.reports.causal_features import write_causal_features
 from support.slot_machine import DECIDES, DIFFERS, machine, task
 
@@ -61,6 +62,18 @@ def test_the_planted_feature_is_causal_and_the_one_that_only_differs_is_not() ->
     differs = features.row(by_predicate=pl.col("feature_id") == DIFFERS, named=True)
     assert differs["cohen_d"] > 5
     assert differs["safe_effect"] == differs["risky_effect"] == 0.0
+
+
+def test_the_provenance_has_the_hash_of_all_tokens_that_were_read() -> None:
+    model, asked = machine()[0], task()
+    texts = [
+        game.prompt
+        for part in (asked.contrast, asked.patched)
+        for side in ("safe", "risky")
+        for game in part[side]
+    ]
+    ids = [list(model.tokenize(text).row_ids(0)) for text in texts]
+    assert outcome().provenance["tokens_sha256"] == sha256_text(canonical_json(ids))
 
 
 def test_random_controls_and_identity_edits_change_nothing() -> None:

@@ -24,6 +24,7 @@ from layerscope.experiments.follow_up.directions import (
 )
 from layerscope.experiments.follow_up.slots import Slot, run_at
 from layerscope.experiments.units import Outcome
+from layerscope.files import canonical_json, sha256_text
 from layerscope.models import LanguageModel
 from layerscope.reports.follow_up import write_follow_up
 from support.toy_facts import (
@@ -87,6 +88,18 @@ def test_onsets_are_where_they_were_planted(outcome: Outcome) -> None:
     found = outcome.summary["onsets"]["all"]
     assert (found["within_one"], found["control"]["share"]) == (1.0, 0.0)
     assert "1 row before the observed one" in outcome.summary["verdict"]
+
+
+def test_the_provenance_has_the_hash_of_all_tokens_that_were_read(
+    model: LanguageModel, outcome: Outcome
+) -> None:
+    planned = plan(model, battery_of(rows("one", "two", "eins")), CONFIG)
+    plain = [model.tokenize(p.item.prompts["orig"]).row_ids(0) for p in planned.prompts]
+    assert [list(ids) for ids in plain] == [list(p.ids) for p in planned.read()[: len(plain)]]
+    ids = [[int(token) for token in each.ids] for each in planned.read()]
+    reworded = sum(len(some) for some in planned.paraphrases.values())
+    assert reworded and len(ids) == 3 * N_SUBJECTS + len(planned.contrasts) + reworded
+    assert outcome.provenance["tokens_sha256"] == sha256_text(canonical_json(ids))
 
 
 def test_a_patched_block_gives_all_of_the_gap(outcome: Outcome) -> None:

@@ -121,9 +121,7 @@ def plan(
                 f"layer {layer} has a transcoder, whose features cannot be patched where it reads: "
                 "give autoencoders"
             )
-    for part in (task.contrast, task.patched):
-        for side in SIDES:
-            model.tokenize([game.prompt for game in part[side]])
+    _rows_read(model, task)
     return Plan(model, dictionaries, task, config, tuple(layers))
 
 
@@ -178,7 +176,8 @@ def execute(
         "responses": responses,
     }
     account = describe_run(
-        NAME, planned.model, config.to_dict(), watch, model_name=planned.model.name,
+        NAME, planned.model, config.to_dict(), watch,
+        read=_rows_read(planned.model, planned.task), model_name=planned.model.name,
         space=planned.dictionaries.space.name, task=planned.task.to_dict(),
     )  # fmt: skip
     return Outcome(tables, summary, account)
@@ -308,6 +307,16 @@ class _Run:
                 found = dictionary.encode(states[first : first + _ROWS])
                 sums.add(found.double().cpu().numpy())
         return sums
+
+
+def _rows_read(model: LanguageModel, task: Task) -> list[Sequence[int]]:
+    """Return the tokens of every prompt: those that are contrasted, then those that are patched."""
+    rows: list[Sequence[int]] = []
+    for part in (task.contrast, task.patched):
+        for side in SIDES:
+            batch = model.tokenize([game.prompt for game in part[side]])
+            rows += [batch.row_ids(row) for row in range(len(batch))]
+    return rows
 
 
 def _fingerprint(dictionary: SparseDictionary) -> str:

@@ -36,9 +36,14 @@ class Plan:
 
     def content(self) -> list[dict[str, Any]]:
         """Return what is asked, JSON-able: the content of the run."""
-        more = [*self.contrasts, *(p for some in self.paraphrases.values() for p in some)]
+        more = self.read()[len(self.prompts) :]
         extra = [{"item": p.item.key, "variant": p.variant, "ids": list(p.ids)} for p in more]
         return [*self.observed.prompts(), *extra]
+
+    def read(self) -> list[Prompt]:
+        """Return every prompt of the run: plain questions, then contrasts, then rewordings."""
+        reworded = [prompt for some in self.paraphrases.values() for prompt in some]
+        return [*self.prompts, *self.contrasts, *reworded]
 
 
 def plan(

@@ -220,4 +220,11 @@ def _excluded(ledger: Ledger) -> pl.DataFrame:
 
 def _provenance(planned: Plan, watch: provenance.Stopwatch) -> dict[str, Any]:
     battery = {"name": planned.battery.name, "sha256": planned.battery.digest()}
-    return describe_run(EXPERIMENT, planned.model, planned.config.to_dict(), watch, battery=battery)
+    return describe_run(
+        EXPERIMENT,
+        planned.model,
+        planned.config.to_dict(),
+        watch,
+        read=[prompt.ids for prompt in planned.read()],
+        battery=battery,
+    )
