@@ -8,8 +8,9 @@ import torch
 from planted import random_dictionary
 from test_pathways_discover import IDS, model_of
 
+import layerscope
 from layerscope.errors import ConfigError, DictionaryError
-from layerscope.features import DictionarySet, Matrix, SparseDictionary
+from layerscope.features import DictionarySet, Matrix, SparseDictionary, open_set
 from layerscope.features.architectures import JumpRelu
 from layerscope.features.pathways import (
     AttributionGraph,
@@ -21,6 +22,7 @@ from layerscope.features.pathways import (
 )
 from layerscope.features.pathways.graph import TranscoderGraph
 from layerscope.models import Site
+from layerscope.products import ProductChoice
 from support.toys import bare_gpt2
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3", "gpt_neox", "phi")
@@ -251,6 +253,59 @@ def test_the_same_request_gives_the_same_graph() -> None:
     assert first.nodes.equals(again.nodes) and first.edges.equals(again.edges)
 
 
+@pytest.mark.parametrize("basis", ["transcoders", "dictionaries"])
+def test_checked_products_give_the_edges_of_torch_as_found(basis: str) -> None:
+    from layerscope.demo import dictionaries_path, model_path, transcoders_path
+
+    model = layerscope.load(model_path(), device="cpu", dtype="float32")
+    made = open_set(transcoders_path() if basis == "transcoders" else dictionaries_path())
+    found, checked = (
+        attribution_graph(
+            model,
+            "The capital of France is",
+            made,
+            GraphOptions(max_features=24, logits=1, node_share=1.0, edge_share=1.0, products=name),
+        )
+        for name in ("default", "checked")
+    )
+    assert checked.summary["products"]["requested"] == "checked"
+    assert found.summary["products"]["precision"] == "unchanged"
+    both = [each.edges.sort("source", "target") for each in (found, checked)]
+    assert both[0].select("source", "target").equals(both[1].select("source", "target"))
+    weights, others = (edges["weight"].to_numpy() for edges in both)
+    assert len(weights) > 100
+    # Of the largest edge: those that all but cancel have no digits of their own.
+    assert abs(weights - others).max() < 1e-4 * abs(weights).max()
+
+
+def test_the_sweep_runs_with_the_products_that_the_summary_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    through = TranscoderGraph.through
+
+    def told(self: TranscoderGraph, layer: int, cotangents: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return through(self, layer, cotangents)
+
+    def chosen(requested: str, *, device: torch.device) -> ProductChoice:
+        return ProductChoice(requested, "medium", 0.0, 0.0, f"on {device}")  # pyright: ignore[reportArgumentType]  # a name
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(TranscoderGraph, "through", told)
+    monkeypatch.setattr("layerscope.features.pathways.graph_base.choose", chosen)
+    graph = attribution_graph(model_of("llama"), IDS, transcoders("llama"))
+    assert before != "medium" and set(seen) == {"medium"}
+    assert torch.get_float32_matmul_precision() == before
+    assert graph.summary["products"] == {
+        "requested": "checked",
+        "precision": "medium",
+        "max_error": 0.0,
+        "reference_error": 0.0,
+        "reason": "on cpu",
+    }
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model = model_of("llama")
     wrong = random_dictionary(d=model.d_model, dtype=torch.float64, site="attn_out.1")
@@ -258,3 +313,5 @@ def test_what_does_not_fit_is_refused() -> None:
         attribution_graph(model, IDS, DictionarySet("r", [wrong]))
     with pytest.raises(ConfigError, match="shares"):
         GraphOptions(node_share=0.0)
+    with pytest.raises(ConfigError, match="products 'fast'; use default or checked"):
+        GraphOptions(products="fast")  # pyright: ignore[reportArgumentType]

@@ -76,6 +76,14 @@ def graph(
     checked: Annotated[
         int, typer.Option("--check", min=0, help="Features that are taken out of the real model.")
     ] = 24,
+    products: Annotated[
+        str,
+        typer.Option(
+            "--products",
+            help="Matrix products of the sweep. checked: the fastest that is float32-accurate on "
+            "this machine. default: torch as found. The run that is explained is torch's.",
+        ),
+    ] = "checked",
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = DEFAULT_FOLDER,
     store: StoreOption = None,
     device: DeviceOption = None,
@@ -93,7 +101,11 @@ def graph(
 
     name, source = _sources(model, dictionaries)
     options = GraphOptions(
-        max_features=max_features, logits=logits, node_share=node_share, edge_share=edge_share
+        max_features=max_features,
+        logits=logits,
+        node_share=node_share,
+        edge_share=edge_share,
+        products=products,  # pyright: ignore[reportArgumentType]  # checked by the options
     )
     planned = load_quietly(
         lambda: plan(

@@ -13,6 +13,7 @@ from layerscope.cli.app import run
 from layerscope.experiments.attribution_graph.run import reasons
 from layerscope.features import Matrix, SparseDictionary, write_dictionary
 from layerscope.features.architectures import JumpRelu
+from layerscope.files import canonical_json, sha256_text
 from layerscope.models import Site
 from support.tiny_models import tiny, tiny_tokenizer
 from support.viewer_files import check_viewer_file
@@ -69,7 +70,12 @@ def test_a_graph_is_made_kept_and_shown(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["gates"]["complete"]
     assert summary["largest_residual"] < 1e-4
+    provenance = json.loads((folder / "provenance.json").read_text())
+    ids = [summary["prompt_ids"]]
+    assert provenance["tokens_sha256"] == sha256_text(canonical_json(ids))
+    assert summary["products"]["requested"] == "checked"
     shown = json.loads((folder / "graph.json").read_text())
+    assert shown["metadata"]["generation_settings"]["products"] == summary["products"]["precision"]
     assert len(shown["nodes"]) == nodes.height
     assert len(shown["links"]) == edges.height
     check_viewer_file(shown)

@@ -117,7 +117,13 @@ def execute(
     return Outcome(
         {"nodes": piece.rows, "edges": edges, "checks": checks},
         summary,
-        describe_run(EXPERIMENT, planned.model, planned.config(), watch),
+        describe_run(
+            EXPERIMENT,
+            planned.model,
+            planned.config(),
+            watch,
+            read=[planned.model.tokenize(planned.prompt).row_ids(0)],
+        ),
     )
 
 

@@ -55,6 +55,7 @@ def viewer_graph(outcome: Outcome, *, scan: str, n_layers: int) -> dict[str, Any
             "largest_residual": summary["largest_residual"],
             "replacement_score": summary["replacement_score"],
             "drawn_share_of_influence": summary["drawn_share_of_influence"],
+            "products": summary["products"]["precision"],
         },
         pruning={
             "node_threshold": options["node_share"],

@@ -23,7 +23,7 @@ from torch import Tensor
 from layerscope.errors import ConfigError, nearest
 from layerscope.features.pathways.pullback import Pullback, Variant
 from layerscope.features.pathways.state import ActiveFeatures, PromptState, TargetState
-from layerscope.products import Products
+from layerscope.products import Products, choose
 from layerscope.products import products as matrix_products
 
 ErrorMode = Literal["passthrough", "frozen"]
@@ -135,7 +135,8 @@ def discover(
     joined = 0
     wide = torch.promote_types(state.residuals.dtype, torch.float32)
     cotangents = state.residuals.new_zeros((0, n_positions, state.model.d_model), dtype=wide)
-    with torch.no_grad(), matrix_products(options.products):
+    made = choose(options.products, device=state.model.device)
+    with torch.no_grad(), matrix_products(made):
         for row in range(top, lowest, -1):
             new = [state.targets[i] for i in order[joined:] if state.targets[i].row == row]
             joined += len(new)

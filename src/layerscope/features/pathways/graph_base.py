@@ -24,6 +24,8 @@ from layerscope.features.spaces import FeatureSpace
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import LanguageModel, TokenBatch
 from layerscope.models.prompts import PromptsLike
+from layerscope.products import choose
+from layerscope.products import products as matrix_products
 
 _PROMOTED = 4
 
@@ -87,6 +89,7 @@ class GraphBase:
         for each in dictionaries:
             each.require_model(model)
         self.model, self.options = model, options
+        self.products = choose(options.products, device=model.device)
         self.batch = model.tokenize(prompt)
         if len(self.batch) != 1:
             raise PromptError(f"a graph explains one prompt, not {len(self.batch)}")
@@ -112,7 +115,7 @@ class GraphBase:
 
     def build(self) -> AttributionGraph:
         """Sweep once from the top down, then prune."""
-        with torch.no_grad():
+        with torch.no_grad(), matrix_products(self.products):
             nodes = self.sweep()
         return self._finish(nodes)
 
@@ -266,6 +269,7 @@ class GraphBase:
             "influence_ends": pruned.ends,
             "replacement_score": pruned.replacement_score,
             "drawn_share_of_influence": _drawn(nodes),
+            "products": self.products.to_dict(),
             "options": {name: getattr(self.options, name) for name in _OPTION_NAMES},
             "unit": "logit before scale and softcap, less the mean over the vocabulary",
         }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.errors import ConfigError
+from layerscope.products import Products
 
 Key = tuple[str, int, int, int]
 """A node: kind, layer, feature (-1 for none), position."""
@@ -41,6 +42,8 @@ class GraphOptions:
         logits: most likely next tokens that are explained, at most; fewer where they reach
             `logit_mass` together.
         node_share, edge_share: share of all influence that the nodes (edges) kept account for.
+        products: of the sweep, not of the run that it explains: "checked" (the fastest
+            float32-accurate product) or "default" (torch as found).
     """
 
     max_features: int = 512
@@ -48,11 +51,14 @@ class GraphOptions:
     logit_mass: float = 0.95
     node_share: float = 0.8
     edge_share: float = 0.98
+    products: Products = "checked"
 
     def __post_init__(self) -> None:
         shares = (self.logit_mass, self.node_share, self.edge_share)
         if self.max_features < 1 or self.logits < 1 or not all(0 < share <= 1 for share in shares):
             raise ConfigError("max_features and logits must be positive, shares in 0 to 1")
+        if self.products not in get_args(Products):
+            raise ConfigError(f"unknown products {self.products!r}; use default or checked")
 
 
 @dataclass(eq=False)
