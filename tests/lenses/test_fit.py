@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import random
 from dataclasses import replace
@@ -418,6 +419,21 @@ def test_a_fit_that_gains_nothing_more_ends_early_with_the_best(text: Path) -> N
     assert "validation KL tuned" in seen[-1].note
     assert result.kl_bits["tuned"] == pytest.approx(result.kl_bits["norm"], abs=1e-3)
     assert result.verdict["improves"] is False
+
+
+def test_held_out_kl_in_parts_is_that_of_all_logits(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded("llama")
+    states = collect(model, read_corpus(TextSource(str(text)), model, DATA).held_out, DATA)
+    monkeypatch.setattr("layerscope.lenses.fitting.evaluate._POSITIONS_AT_ONCE", 100)
+    lens = NormLens(model)
+    found = kl_bits(model, lens, states)
+    log_p = model.unembedding.logits(states.head).double().log_softmax(-1)
+    for row, residual in enumerate(states.residual):
+        log_q = model.unembedding.logits(lens.transform(residual, row)).double().log_softmax(-1)
+        bits = (log_p.exp() * (log_p - log_q)).sum(-1).mean() / math.log(2.0)
+        assert found[row] == pytest.approx(float(bits), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "cohere"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from layerscope.lenses import JacobianLens, PrismLens, TemperatureLens, TunedLen
 from layerscope.lenses.fitting.loss import kl_to_teacher
 from layerscope.lenses.fitting.options import TunedOptions
 from layerscope.lenses.fitting.prism import Moments, PrismOptions, solve_prism
-from layerscope.lenses.fitting.states import States
+from layerscope.lenses.fitting.states import States, normed
 from layerscope.lenses.fitting.temperature import fit_on_prompts, fit_temperatures
 from layerscope.lenses.fitting.translators import (
     at_identity,
@@ -64,7 +65,8 @@ def slow_kl(hidden: Tensor, teacher: Tensor, unembedding: Unembedding) -> Tensor
 @pytest.mark.parametrize(
     "options", [{}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 1.7, "softcap": 3.0}]
 )
-@pytest.mark.parametrize("budget", [1, 1 << 20])
+# A row at a time; two layers of all rows, then the third; everything at once.
+@pytest.mark.parametrize("budget", [1, 11 * 16 * VOCABULARY, 1 << 20])
 def test_the_fused_loss_and_its_gradient_are_those_of_autograd(
     options: dict[str, float], budget: int
 ) -> None:
@@ -87,6 +89,26 @@ def test_a_low_precision_head_is_converted_piece_by_piece(monkeypatch: pytest.Mo
     found = torch.autograd.grad(kl_to_teacher(hidden, teacher, whole).sum(), hidden)
     wanted = torch.autograd.grad(kl_to_teacher(hidden, teacher, exact).sum(), hidden)
     torch.testing.assert_close(found, wanted)
+
+
+def test_rows_that_share_a_norm_go_through_it_together() -> None:
+    calls: list[str] = []
+
+    class Model:
+        def norm_at(self, row: int, choice: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+            name, factor = ("first", 2.0) if row < 2 else (f"own.{row}", 2.0**row)
+
+            def norm(residual: Tensor) -> Tensor:
+                calls.append(name)
+                return residual * factor
+
+            return name, norm
+
+    residual = normal(4, 5, WIDTH)
+    found = normed(Model(), residual.bfloat16(), "next_norm")  # type: ignore[arg-type]
+    factors = torch.tensor([2.0, 2.0, 4.0, 8.0])[:, None, None]
+    assert torch.equal(found, residual.bfloat16().float() * factors)
+    assert calls == ["first", "own.2", "own.3"]
 
 
 def test_temperatures_are_the_minimum_of_a_scan() -> None:
@@ -131,6 +153,40 @@ def test_a_row_that_says_the_opposite_gets_an_infinite_temperature() -> None:
     assert torch.equal(lens.transform(teacher, 0), torch.zeros_like(teacher))
     assert torch.equal(lens.transform(teacher, 1), 2 * teacher)
     assert torch.equal(lens.transform(teacher, 2), teacher)
+
+
+def test_temperatures_are_found_in_few_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(50, WIDTH)
+    hidden = torch.stack([teacher * scale for scale in (1e-3, 0.4, 1.0, 3.0, 500.0)])
+    hidden += 0.1 * hidden.std((1, 2), keepdim=True) * normal(5, 50, WIDTH, seed=3)
+    slopes: list[Tensor] = []
+
+    def counted(*given: Any) -> Tensor:
+        slopes.append(kl_to_teacher(*given))
+        return slopes[-1]
+
+    monkeypatch.setattr("layerscope.lenses.fitting.temperature.kl_to_teacher", counted)
+    found = fit_temperatures(hidden, teacher, unembedding)
+    assert found.settled == [True] * 5
+    assert len(slopes) <= 20  # halving the widest bracket, 8 wide, would take 20 after finding it
+    inverse = found.inverse_temperature.double().requires_grad_()
+    scaled = hidden.double() * inverse[:, None, None]
+    (slope,) = torch.autograd.grad(
+        slow_kl(scaled, teacher.double(), _double(unembedding)).sum(), inverse
+    )
+    # Where the slope is steep, a part in a million of 1/tau is all there is between the signs.
+    assert float((slope * inverse.detach()).abs().max()) < 1e-4
+
+
+def test_states_that_are_not_finite_have_no_temperature() -> None:
+    unembedding = Unembedding(normal(VOCABULARY, WIDTH, seed=9))
+    teacher = normal(50, WIDTH)
+    hidden = torch.stack([teacher * 2, teacher * 2])
+    hidden[0, 1, 2] = math.nan
+    found = fit_temperatures(hidden, teacher, unembedding)
+    assert found.inverse_temperature.tolist() == pytest.approx([1.0, 0.5], rel=1e-3)
+    assert found.settled == [False, True]
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"softcap": 3.0}])

@@ -141,6 +141,16 @@ class TestPadding:
             for position in range(-length, length):
                 column = batch.column(row, position)
                 assert int(batch.ids[row, column]) == batch.row_ids(row)[position]
+        rows, chosen = range(len(batch)), [[-1, 0]] * len(batch)
+        expected = [[batch.column(row, -1), batch.column(row, 0)] for row in rows]
+        assert batch.columns(rows, chosen).tolist() == expected
+        with pytest.raises(PromptError, match="is outside prompt 1"):
+            batch.columns([0, 1], [[0], [99]])
+        # Behind a past, positions count the whole sequence.
+        continued = batch.continuing(torch.ones(len(batch), 2, dtype=torch.bool))
+        assert continued.columns([1], [[2, -1]]).tolist() == [
+            [continued.column(1, 2), continued.column(1, -1)]
+        ]
 
     def test_no_padding_token_is_needed(self) -> None:
         batch = tokenize(tiny_tokenizer(pad=False), TEXTS)

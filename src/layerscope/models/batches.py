@@ -179,6 +179,24 @@ class TokenBatch:
             )
         return self._start(row) + wanted - past
 
+    def columns(
+        self, rows: Sequence[int], positions: Sequence[Sequence[int]]
+    ) -> Int[Tensor, "row pos"]:
+        """Return `column` of several positions, equally many for every row given."""
+        # All at once where nothing is wrong and nothing was before; one by one to say what is.
+        if self.past_mask is None:
+            wanted = torch.tensor(positions)
+            length = torch.tensor([self.lengths[self._row(row)] for row in rows])[:, None]
+            wanted = torch.where(wanted < 0, wanted + length, wanted)
+            if bool(((wanted >= 0) & (wanted < length)).all()):
+                return wanted + torch.tensor([self._start(row) for row in rows])[:, None]
+        return torch.tensor(
+            [
+                [self.column(row, position) for position in chosen]
+                for row, chosen in zip(rows, positions, strict=True)
+            ]
+        )
+
     def row_ids(self, row: int) -> tuple[int, ...]:
         """Return the ids of one row without padding."""
         length = self.lengths[self._row(row)]

@@ -364,12 +364,7 @@ def columns_of(
         per_row = [[int(position) for position in listed]] * len(rows)
     if not per_row or not per_row[0]:
         raise EditError(f"{where}: no position is selected; use None for all")
-    return torch.tensor(
-        [
-            [batch.column(row, position) for position in row_positions]
-            for row, row_positions in zip(rows, per_row, strict=True)
-        ]
-    )
+    return batch.columns(rows, per_row)
 
 
 def rows_of(edit: Edit, n_batch: int) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layerscope.lenses.base import NormChoice
 from layerscope.lenses.fitting.corpus import DataConfig, batches
+from layerscope.models.batches import TokenBatch
 from layerscope.models.language_model import LanguageModel
 from layerscope.models.run import Capture
 
@@ -39,7 +42,9 @@ def states_at(
     """Run one batch and keep the residuals of the given positions of each sequence only."""
     sites = row_sites(model.n_layers)
     capture = Capture([*sites, "final_norm"], positions=positions)
-    result = model.run(ids, capture=capture, logits=None)
+    # As a batch: sequences are all of one length, and need no check for padding.
+    batch = TokenBatch.from_tensors(ids, torch.ones_like(ids))
+    result = model.run(batch, capture=capture, logits=None)
     residual = torch.stack([result[site].flatten(0, 1) for site in sites])
     return States(residual, result["final_norm"].flatten(0, 1).float())
 
@@ -55,3 +60,21 @@ def collect(model: LanguageModel, ids: Int[Tensor, "sequence pos"], config: Data
         torch.cat([part.residual for part in parts], dim=1),
         torch.cat([part.head for part in parts]),
     )
+
+
+def normed(
+    model: LanguageModel, residual: Float[Tensor, "layer row d_model"], norm: NormChoice
+) -> Float[Tensor, "layer row d_model"]:
+    """Return the normalised residuals of row indices 0 and up, in float32; differentiable.
+
+    Row indices that share a norm go through it together.
+    """
+    found = [model.norm_at(row, norm) for row in range(len(residual))]
+    parts: list[Tensor] = []
+    first = 0
+    for _, group in groupby(found, key=lambda named: named[0]):
+        norms = list(group)
+        rows = slice(first, first + len(norms))
+        parts.append(norms[0][1](residual[rows]).float())
+        first = rows.stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

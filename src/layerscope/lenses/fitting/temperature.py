@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from layerscope.lenses.base import NormChoice
 from layerscope.lenses.fitting.loss import ROWS_AT_ONCE, kl_to_teacher, product
-from layerscope.lenses.fitting.states import States
+from layerscope.lenses.fitting.states import States, normed
 from layerscope.models.language_model import LanguageModel
 from layerscope.readout.unembedding import Unembedding
 
@@ -59,42 +59,64 @@ def fit_temperatures(
             total += gradient.double() * (len(teacher[rows]) / len(teacher))
         return total
 
-    low, high, bracketed = _bracket(slope, hidden.shape[0], hidden.device)
-    while bool((bracketed & (high - low > _TOLERANCE)).any()):
-        middle = (low + high) / 2
-        rising = slope(middle) > 0
-        high = torch.where(bracketed & rising, middle, high)
-        low = torch.where(bracketed & ~rising, middle, low)
-    best = ((low + high) / 2).exp()
+    here, ahead, bracketed = _bracket(slope, hidden.shape[0], hidden.device)
+    found = _zeros(slope, here, ahead, bracketed)
     # Falling all the way down: nothing but the limit is the minimum.
-    endless = ~bracketed & (low <= -_WIDEST)
-    best = torch.where(endless, torch.zeros_like(best), best)
-    return TemperatureFit(best.float(), (bracketed | endless).tolist())
+    endless = ~bracketed & (found <= -_WIDEST)
+    best = torch.where(endless, torch.zeros_like(found), found.exp())
+    known = torch.isfinite(best)
+    best = torch.where(known, best, torch.ones_like(best))
+    return TemperatureFit(best.float(), (known & (bracketed | endless)).tolist())
+
+
+_Points = tuple[Tensor, Tensor]  # [layer] log 1/tau, and the slope there
 
 
 def _bracket(
     slope: Callable[[Tensor], Tensor], n_layers: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bounds of log 1/tau between which the slope changes sign, and where that was found."""
+) -> tuple[_Points, _Points, Bool[Tensor, " layer"]]:
+    """Return two points of each layer between which the slope changes sign, and where it does.
+
+    Where it never does, or is zero at once, both are the same point.
+    """
     here = torch.zeros(n_layers, dtype=torch.float64, device=device)
-    downhill = -torch.sign(slope(here))
-    flat = downhill == 0
-    low, high = here.clone(), here.clone()
-    found = flat.clone()
+    at_here = slope(here)
+    ahead, at_ahead = here, at_here
+    found = at_here == 0
     step = 0.5
-    position = here.clone()
-    while not bool(found.all()) and float(position.abs().max()) < _WIDEST:
-        ahead = torch.where(found, position, position + downhill * step)
-        passed = ~found & (torch.sign(slope(ahead)) != -downhill)
-        low = torch.where(found, low, torch.minimum(position, ahead))
-        high = torch.where(found, high, torch.maximum(position, ahead))
-        position = torch.where(passed | found, position, ahead)
+    while not bool(found.all()) and float(here.abs().max()) < _WIDEST:
+        tried = torch.where(found, ahead, here - torch.sign(at_here) * step)
+        at_tried = slope(tried)
+        passed = ~found & (torch.sign(at_tried) != torch.sign(at_here))
         found |= passed
+        here, at_here = torch.where(found, here, tried), torch.where(found, at_here, at_tried)
+        ahead = torch.where(passed | ~found, tried, ahead)
+        at_ahead = torch.where(passed | ~found, at_tried, at_ahead)
         step *= 2
-    missing = ~found
-    low = torch.where(missing, position, low)
-    high = torch.where(missing, position, high)
-    return low, high, found
+    return (here, at_here), (ahead, at_ahead), found
+
+
+def _zeros(
+    slope: Callable[[Tensor], Tensor],
+    one: _Points,
+    two: _Points,
+    bracketed: Bool[Tensor, " layer"],
+) -> Float[Tensor, " layer"]:
+    """Return where the slopes change sign, for all layers at once (regula falsi, Illinois rule)."""
+    (a, at_a), (b, at_b) = one, two
+    wanted = bracketed & (at_b != 0)
+    while bool(wanted.any()):
+        # A little further than the secant's step, so that the other end comes near as well.
+        way = (-at_b * (b - a) / (at_b - at_a)).abs().clamp_min(0.9 * _TOLERANCE)
+        way = torch.where(way < (a - b).abs(), way, (a - b).abs() / 2)
+        c = torch.where(wanted, b + torch.sign(a - b) * way, b)
+        at_c = torch.where(wanted, slope(c), at_b)
+        crossed = torch.sign(at_c) != torch.sign(at_b)
+        a = torch.where(crossed, b, a)
+        at_a = torch.where(crossed, at_b, torch.where(wanted, at_a / 2, at_a))
+        b, at_b = c, at_c
+        wanted &= ((b - a).abs() > _TOLERANCE) & (at_b != 0)
+    return torch.where(at_b == 0, b, (a + b) / 2)
 
 
 @torch.no_grad()
@@ -102,9 +124,7 @@ def normalised(
     model: LanguageModel, states: States, norm: NormChoice
 ) -> Float[Tensor, "layer row d_model"]:
     """Return the normalised residuals of every row index but the last, in float32."""
-    return torch.stack(
-        [model.norm_at(row, norm)[1](states.residual[row]).float() for row in range(model.n_layers)]
-    )
+    return normed(model, states.residual[: model.n_layers], norm)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerscope.lenses.base import NormChoice
 from layerscope.lenses.fitting.loss import ROWS_AT_ONCE
 from layerscope.lenses.fitting.options import TunedOptions
-from layerscope.lenses.fitting.states import States
+from layerscope.lenses.fitting.states import States, normed
 from layerscope.models.language_model import LanguageModel
 
 # "weight" or "down" and "up" in the coordinates of a basis, "bias" in units of its scale,
@@ -128,9 +128,7 @@ def hidden_of(
         moved = torch.baddbmm(moved, basis.coordinates(x), parameters["weight"].mT)
     elif "down" in parameters:
         moved = torch.baddbmm(moved, basis.coordinates(x) @ parameters["down"], parameters["up"])
-    hidden = torch.stack(
-        [model.norm_at(row, norm)[1](moved[row].to(dtype)).float() for row in range(model.n_layers)]
-    )
+    hidden = normed(model, moved.to(dtype), norm)
     if "log_inverse" in parameters:
         hidden = hidden * parameters["log_inverse"].exp()[:, None, None]
     return hidden
