@@ -27,8 +27,8 @@ def kl_to_teacher(
     """Return KL(teacher || lens) per layer in nats, averaged over rows; differentiable in `hidden`.
 
     Teacher and lens go through the same head, with bias, scale and softcap. The gradient is formed
-    in the same pass over the logits, so that no more than a tile of rows x vocabulary exists, of
-    one layer at a time, or of as many as fit.
+    in the same pass over the logits, so that no more than a tile of rows x vocabulary exists, for
+    one layer at a time.
 
     Args:
         hidden: [layer, row, d_model] vectors that a lens hands to the head.
@@ -44,13 +44,11 @@ class _FusedKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, teacher: Tensor, unembedding: Unembedding, budget_bytes: int
     ) -> Tensor:
-        n_layers, n_rows, d_model = hidden.shape
+        n_layers, n_rows, _ = hidden.shape
         wanted = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if wanted else None
+        gradient = torch.zeros_like(hidden) if wanted else None
         total = torch.zeros(n_layers, dtype=torch.float64, device=hidden.device)
         tile = max(1, budget_bytes // (4 * _BUFFERS * unembedding.d_vocab))
-        # Of a small vocabulary all rows fit in, and those of several layers go together.
-        together = max(1, 2 * tile // n_rows - 1)
         for first in range(0, n_rows, tile):
             rows = slice(first, first + tile)
             log_p = torch.log_softmax(
@@ -58,19 +56,18 @@ class _FusedKL(torch.autograd.Function):
             )
             p = log_p.exp()
             entropy = -(p * log_p).sum(-1)
-            del log_p
-            for layers in _parts(n_layers, together):
-                part = hidden[layers, rows].reshape(-1, d_model)
-                z = unembedding.transform(product(part, unembedding))
+            for layer in range(n_layers):
+                z = unembedding.transform(product(hidden[layer, rows], unembedding))
                 slope = _slope(z, unembedding) if gradient is not None else None
-                log_q = torch.log_softmax(z, -1).view(-1, *p.shape)
-                expected = torch.mul(log_q, p, out=z.view_as(log_q)).sum(-1)
-                total[layers] -= (entropy + expected).double().sum(-1)
+                # KL = sum p log p - sum p z + log Z, with the largest z moved to 0
+                expected = torch.linalg.vecdot(p, z.sub_(z.amax(-1, keepdim=True)))
+                mass = z.exp_().sum(-1)
+                total[layer] += (mass.log() - entropy - expected).double().sum()
                 if gradient is not None:
-                    z = log_q.exp_().sub_(p).flatten(0, 1)
+                    z.div_(mass[:, None]).sub_(p)
                     if slope is not None:
                         z.mul_(slope)
-                    gradient[layers, rows] = _back(z, unembedding).view(-1, len(p), d_model)
+                    gradient[layer, rows] = _back(z, unembedding)
         if gradient is not None:
             ctx.save_for_backward(gradient.div_(n_rows))
         return (total / n_rows).to(hidden.dtype)
@@ -79,11 +76,6 @@ class _FusedKL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0][:, None, None], None, None, None
-
-
-def _parts(length: int, size: int) -> Iterator[slice]:
-    for first in range(0, length, size):
-        yield slice(first, min(first + size, length))
 
 
 def _slices(unembedding: Unembedding) -> Iterator[tuple[slice, Tensor]]:
