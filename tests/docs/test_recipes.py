@@ -96,6 +96,21 @@ def test_two_people_are_told_apart_and_of_three_the_last(recipes: dict[str, Any]
     assert three[2] > 0.3 > 0.25 > max(three[:2])
 
 
+def test_a_word_found_in_english_is_said_in_spanish_at_a_price(recipes: dict[str, Any]) -> None:
+    assert len(recipes["asked"]) >= 20 and max(recipes["errors"].values()) < 0.1
+    transfer, damage, top = recipes["transfer"], recipes["damage"], recipes["model"].n_layers - 1
+    for language in ("English", "Spanish"):
+        assert transfer["resid_post.1", "swap", language][0] < 0.1
+        share, low, high = transfer["resid_post.3", "swap", language]
+        assert low <= share <= high and low > 0.7
+    for (_, name, _), (share, _, _) in transfer.items():
+        if name == "random":
+            assert share < 0.1
+    spanish = [transfer[f"resid_post.{layer}", "swap", "Spanish"][0] for layer in (4, top)]
+    assert spanish[1] < spanish[0]
+    assert damage["resid_post.3", "swap"][0] > damage["resid_post.3", "random"][0] > 0.0
+
+
 def test_the_page_on_follow_ups_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
