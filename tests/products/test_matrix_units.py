@@ -15,7 +15,7 @@ if not has_matrix_units():
     pytest.skip("this machine has no matrix units (AMX), or no numba", allow_module_level=True)
 
 from layerscope.products import choice, matrix_units, replacing
-from layerscope.products.matrix_units import Columns, bound, product
+from layerscope.products.matrix_units import Columns, Rows, bound, product
 
 SHAPES = [
     *((1, 1, 1), (5, 7, 3), (16, 32, 16), (17, 33, 19), (32, 64, 32), (33, 65, 31)),
@@ -81,16 +81,41 @@ def test_threads_and_other_rows_change_no_bit() -> None:
     columns.multiply(a[100:137], few)
     assert torch.equal(one, two)
     assert torch.equal(one[100:137], few)
+    rows = Rows.of(a, threads=2)
+    for threads in (1, 2):
+        rows.multiply(b, two.zero_(), threads=threads)
+        assert torch.equal(one, two)
     turned = torch.empty(130, 500)
     columns.multiply(a, turned.T)
     assert torch.equal(one, turned.T)
 
 
-def test_columns_are_taken_in_parts_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = _pair(300, 64, 200)
+@pytest.mark.parametrize(("m", "n"), [(300, 200), (200, 300)])
+def test_a_factor_is_packed_piece_by_piece_where_it_is_large(
+    monkeypatch: pytest.MonkeyPatch, m: int, n: int
+) -> None:
+    a, b = _pair(m, 64, n)
     whole = product(a, b.T.contiguous().T)
-    monkeypatch.setattr(matrix_units, "_COLUMNS_BYTES", 6 * 64 * 50)
+    monkeypatch.setattr(matrix_units, "_PARTS_BYTES", 6 * 64 * 50)
     assert torch.equal(product(a, b.T.contiguous().T), whole)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(40, 70, 50), (90, 1600, 33), (33, 800, 400)])
+def test_a_bias_is_added_once_to_every_row(m: int, k: int, n: int) -> None:
+    a, b = _pair(m, k, n)
+    bias = torch.randn(n)
+    expected = (product(a, b).double() + bias).float()
+    for found in (product(a, b, bias), product(a, b.T.contiguous().T, bias)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * a.abs().max().item())
+    packed = (Columns.of(b).multiply, a), (Rows.of(a).multiply, b)
+    for multiply, other in packed:
+        wide = torch.full((m, n + 5), 7.0)
+        multiply(other, wide[:, 2 : n + 2], bias=bias)
+        torch.testing.assert_close(
+            wide[:, 2 : n + 2], expected, rtol=1e-5, atol=1e-5 * a.abs().max().item()
+        )
+        assert (wide[:, :2] == 7).all()
+        assert (wide[:, n + 2 :] == 7).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -116,9 +141,9 @@ def test_zeros_and_the_smallest_numbers() -> None:
 def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[int, ...]] = []
 
-    def counted(a: Tensor, b: Tensor) -> Tensor:
+    def counted(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         ran.append((*a.shape, b.shape[1]))
-        return product(a, b)
+        return product(a, b, bias)
 
     monkeypatch.setattr(replacing.matrix_units, "product", counted)
     generator = torch.Generator().manual_seed(0)

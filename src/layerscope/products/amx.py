@@ -39,14 +39,14 @@ _HALVES, _MASK = ir.VectorType(_SHORT, 2 * SIDE), ir.VectorType(_BIT, SIDE)
 _ZEROS = ir.Constant(_FLOATS, [0.0] * SIDE)
 
 CHUNK = 768  # entries added up at a time: with PANEL rows, their parts fit in the second cache
-PANEL = 256  # rows of A, at most, that one thread takes at a time
+PANEL = 256  # rows (or columns), at most, that one thread takes at a time
 AT_ONCE = 2 * SIDE  # rows, and columns, that `blocks` takes
 
 # Fields of a task.
 (
-    A, A_ROW, A_ENTRY, B, B_COLUMN, B_ENTRY, OUT, OUT_ROW, OUT_COLUMN,
-    N_ROWS, N_COLUMNS, N_ENTRIES, PACKED, PANEL_ROWS, NEXT, FIELDS,
-) = range(16)  # fmt: skip
+    A, A_ROW, A_ENTRY, B, B_COLUMN, B_ENTRY, OUT, OUT_ROW, OUT_COLUMN, BIAS,
+    N_ROWS, N_COLUMNS, N_ENTRIES, PACKED, COLUMNS_PACKED, PANEL_SIZE, NEXT, FIELDS,
+) = range(18)  # fmt: skip
 
 # Which part of A meets which of B, 0 the largest. What is left out is below 2 ** -20 of a product.
 # From one pair to the next one factor stays, so that few registers are read again.
@@ -336,7 +336,7 @@ def _expect(_typing: Any, out: Any, stride: Any) -> Any:  # pyright: ignore[repo
 
 @intrinsic
 def _move(  # pyright: ignore[reportUnusedFunction]
-    _typing: Any, block: Any, out: Any, stride: Any, n_lines: Any, width: Any, add: Any
+    _typing: Any, block: Any, out: Any, stride: Any, n_lines: Any, width: Any, add: Any, bias: Any
 ) -> Any:
     """Write the first lines of a block, or add them to what is there.
 
@@ -347,26 +347,36 @@ def _move(  # pyright: ignore[reportUnusedFunction]
         n_lines: how many, at least one.
         width: how many floats of each.
         add: whether to add (1) or to write (0).
+        bias: address of floats that are added to every line, or 0.
     """
 
     def write(
-        builder: Any, block: Any, out: Any, stride: Any, n_lines: Any, width: Any, add: Any
+        builder: Any,
+        block: Any,
+        out: Any,
+        stride: Any,
+        n_lines: Any,
+        width: Any,
+        add: Any,
+        bias: Any,
     ) -> None:
         mask = _first(builder, width)
         none = ir.Constant(_MASK, [0] * SIDE)
         adds = builder.select(builder.icmp_signed("==", add, _LONG(1)), mask, none)
+        given = builder.select(builder.icmp_signed("!=", bias, _LONG(0)), mask, none)
+        shift = _load(builder, bias, given)
 
         def line(index: Any) -> None:
             where = builder.add(block, builder.mul(index, _LONG(LINE)))
             found = builder.load(builder.inttoptr(where, _FLOATS.as_pointer()))
             found.align = LINE
             target = builder.add(out, builder.mul(index, stride))
-            before = _load(builder, target, adds)
+            before = builder.fadd(_load(builder, target, adds), shift)
             _store(builder, builder.fadd(found, before), target, mask)
 
         _repeat(builder, n_lines, line)
 
-    return _written(write, 6)
+    return _written(write, 7)
 
 
 Writes = Callable[..., None]
@@ -407,49 +417,68 @@ def _steps(n_entries: int) -> int:
     return (n_entries + DEPTH - 1) // DEPTH
 
 
+@compiled("int64(int64)", fastmath=set(), inline=True)
+def _tiles(n: int) -> int:
+    """Return how many blocks side by side have room for n rows or columns, in pairs."""
+    return (n + AT_ONCE - 1) // AT_ONCE * 2
+
+
 @compiled("void(int64[::1])", fastmath=set())
-def pack_columns(task: Longs) -> None:
-    """Write the parts of B, chunk after chunk of its entries, 16 columns at a time."""
-    n_columns, n_entries = task[N_COLUMNS], task[N_ENTRIES]
-    n_tiles = (n_columns + AT_ONCE - 1) // AT_ONCE * 2
+def pack(task: Longs) -> None:
+    """Write the parts of B, or of A, chunk after chunk of its entries, 16 columns at a time."""
+    n_entries, is_column = task[N_ENTRIES], task[COLUMNS_PACKED]
+    if is_column == 1:
+        source, across, along, n = task[B], task[B_COLUMN], task[B_ENTRY], task[N_COLUMNS]
+    else:
+        source, across, along, n = task[A], task[A_ROW], task[A_ENTRY], task[N_ROWS]
+    n_tiles = _tiles(n)
     counter = task.ctypes.data + 8 * NEXT
     while True:
         tile = take(counter)
         if tile >= n_tiles:
             break
-        left = n_columns - tile * SIDE
+        left = n - tile * SIDE
         if left <= 0:
             continue  # the other half of the last pair, whose results nobody reads
         for chunk in range(0, n_entries, CHUNK):
             length = min(CHUNK, n_entries - chunk)
             out = task[PACKED] + STEP_BYTES * (n_tiles * (chunk // DEPTH) + tile * _steps(length))
             for entry in range(chunk, chunk + length, DEPTH):
-                source = task[B] + tile * SIDE * task[B_COLUMN] + entry * task[B_ENTRY]
-                _pack_one(
-                    source, task[B_COLUMN], task[B_ENTRY], left, chunk + length - entry, out, 1
-                )
+                at = source + tile * SIDE * across + entry * along
+                _pack_one(at, across, along, left, chunk + length - entry, out, is_column)
                 out += STEP_BYTES
 
 
-@compiled("void(int64[::1], int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
-def _put(task: Longs, block: int, row: int, last: int, column: int, add: int) -> None:
+@compiled("void(int64[::1], int64, int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
+def _put(
+    task: Longs, block: int, row: int, last_row: int, column: int, last_column: int, add: int
+) -> None:
     """Write one block of results."""
-    n_rows, n_columns = min(SIDE, last - row), min(SIDE, task[N_COLUMNS] - column)
+    n_rows, n_columns = min(SIDE, last_row - row), min(SIDE, last_column - column)
     if n_rows <= 0 or n_columns <= 0:
         return
     out = task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN]
     if task[OUT_COLUMN] == 4:
-        move(block, out, task[OUT_ROW], n_rows, n_columns, add)
+        bias = task[BIAS] + 4 * column if task[BIAS] and not add else 0
+        move(block, out, task[OUT_ROW], n_rows, n_columns, add, bias)
     else:
         transpose(block, block)
-        move(block, out, task[OUT_COLUMN], n_columns, n_rows, add)
+        move(block, out, task[OUT_COLUMN], n_columns, n_rows, add, 0)
 
 
 @compiled("void(int64[::1])", fastmath=set())
-def multiply_rows(task: Longs) -> None:
-    """Take panels of rows until none is left; B is packed."""
+def multiply(task: Longs) -> None:
+    """Take panels of rows until none is left, B being packed; or of columns, if A is."""
     n_rows, n_columns, n_entries = task[N_ROWS], task[N_COLUMNS], task[N_ENTRIES]
-    n_tiles, size = (n_columns + AT_ONCE - 1) // AT_ONCE * 2, task[PANEL_ROWS]
+    size, by_rows = task[PANEL_SIZE], task[COLUMNS_PACKED] == 1
+    if by_rows:
+        source, across, along, n, n_tiles = (
+            task[A], task[A_ROW], task[A_ENTRY], n_rows, _tiles(n_columns)
+        )  # fmt: skip
+    else:
+        source, across, along, n, n_tiles = (
+            task[B], task[B_COLUMN], task[B_ENTRY], n_columns, _tiles(n_rows)
+        )  # fmt: skip
     memory = np.empty(
         size * min(CHUNK // DEPTH, _steps(n_entries)) * (STEP_BYTES // SIDE)
         + 2 * LINE
@@ -467,45 +496,47 @@ def multiply_rows(task: Longs) -> None:
     counter = task.ctypes.data + 8 * NEXT
     while True:
         first = take(counter) * size
-        if first >= n_rows:
+        if first >= n:
             break
-        last = min(first + size, n_rows)
+        last = min(first + size, n)
+        last_row, last_column = (last, n_columns) if by_rows else (n_rows, last)
         for chunk in range(0, n_entries, CHUNK):
             length = min(CHUNK, n_entries - chunk)
             steps = _steps(length)
             out = panel
-            for row in range(first, last, SIDE):
+            for mine in range(first, last, SIDE):
                 for entry in range(chunk, chunk + length, DEPTH):
-                    source = task[A] + row * task[A_ROW] + entry * task[A_ENTRY]
                     _pack_one(
-                        source, task[A_ROW], task[A_ENTRY],
-                        last - row, chunk + length - entry, out, 0,
+                        source + mine * across + entry * along, across, along,
+                        last - mine, chunk + length - entry, out, 0 if by_rows else 1,
                     )  # fmt: skip
                     out += STEP_BYTES
-            column_bytes = steps * STEP_BYTES
+            tile_bytes = steps * STEP_BYTES
             for tile in range(0, n_tiles, 2):
-                b = task[PACKED] + STEP_BYTES * n_tiles * (chunk // DEPTH) + tile * column_bytes
-                for row in range(first, last, AT_ONCE):
-                    a = panel + (row - first) // SIDE * column_bytes
+                other = task[PACKED] + STEP_BYTES * n_tiles * (chunk // DEPTH) + tile * tile_bytes
+                for mine in range(first, last, AT_ONCE):
+                    row, column = (mine, tile * SIDE) if by_rows else (tile * SIDE, mine)
                     stride = task[OUT_ROW] if task[OUT_COLUMN] == 4 else task[OUT_COLUMN]
-                    expect(task[OUT] + row * task[OUT_ROW] + tile * SIDE * task[OUT_COLUMN], stride)
-                    blocks(a, a + column_bytes, b, b + column_bytes, steps, block)
+                    expect(task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN], stride)
+                    own = panel + (mine - first) // SIDE * tile_bytes
+                    a, b = (own, other) if by_rows else (other, own)
+                    blocks(a, a + tile_bytes, b, b + tile_bytes, steps, block)
                     for which in range(4):
                         _put(
-                            task, block + which * PART_BYTES, row + which // 2 * SIDE, last,
-                            (tile + which % 2) * SIDE, 1 if chunk else 0,
+                            task, block + which * PART_BYTES, row + which // 2 * SIDE, last_row,
+                            column + which % 2 * SIDE, last_column, 1 if chunk else 0,
                         )  # fmt: skip
     release()
     memory[0] = 0  # until here numba must not free what is used by its address
 
 
 @callback("void(CPointer(int64))")
-def pack_columns_at(address: Longs) -> None:
-    """Do what `pack_columns` does, for the task at an address."""
-    pack_columns(as_array(address, (FIELDS,)))
+def pack_at(address: Longs) -> None:
+    """Do what `pack` does, for the task at an address."""
+    pack(as_array(address, (FIELDS,)))
 
 
 @callback("void(CPointer(int64))")
-def multiply_rows_at(address: Longs) -> None:
-    """Do what `multiply_rows` does, for the task at an address."""
-    multiply_rows(as_array(address, (FIELDS,)))
+def multiply_at(address: Longs) -> None:
+    """Do what `multiply` does, for the task at an address."""
+    multiply(as_array(address, (FIELDS,)))

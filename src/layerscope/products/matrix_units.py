@@ -5,9 +5,8 @@ float32. A float32 number is the sum of three bfloat16 numbers, so that six of t
 make one that is as accurate as float32 (G. Henry, P. T. P. Tang and A. Heinecke, Leveraging the
 bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019, section 2).
 
-Sums are float32. With the same columns they are always taken in the same order, so that an entry
-depends neither on the other rows nor on how the work is shared out; which factor gives the columns
-in `product` depends on the sizes, and rounding with it. Numbers below 2 ** -126 count as zero; a
+Sums are float32 and always taken in the same order, so that an entry depends neither on the other
+rows and columns nor on how the work is shared out. Numbers below 2 ** -126 count as zero; a
 row with infinity or NaN gives NaN. Importing this module compiles its loops, or loads them from
 numba's cache.
 """
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from layerscope.products import amx, openmp
 
-_TURN, _WRITE, _READ = 0.5, 1.0, 0.5  # of a number, in about the same unit of time
-_COLUMNS_BYTES = 24 << 20  # of the parts of B that are held at a time
+_WRITE, _READ = 1.0, 0.5  # of a number, in about the same unit of time
+_PARTS_BYTES = 24 << 20  # of the parts of a factor that are held at a time
 
 
 def bound(d: int) -> float:
@@ -39,13 +38,13 @@ def bound(d: int) -> float:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns of B, in parts, for many products with it.
+class _Packed:
+    """One factor in parts, for many products with it.
 
     Attributes:
-        count: how many.
+        count: how many vectors.
         depth: entries of each.
-        parts: the bytes; 1.5 times those of the float32 numbers, for columns in multiples of 32.
+        parts: the bytes; 1.5 times those of the float32 numbers, for counts in multiples of 32.
         address: of the first part, at the start of a cache line.
     """
 
@@ -54,36 +53,90 @@ class Columns:
     parts: Tensor
     address: int
 
+
+class Columns(_Packed):
+    """The columns of B."""
+
     @staticmethod
     def of(b: Float[Tensor, "k n"], *, threads: int = 1) -> Columns:
         """Take columns apart; one of the strides is 1."""
-        depth, count = b.shape
-        n_tiles = -(-count // amx.AT_ONCE) * 2
-        parts = torch.empty(
-            n_tiles * -(-depth // amx.DEPTH) * amx.STEP_BYTES + amx.LINE, dtype=torch.uint8
-        )
-        address = parts.data_ptr() + -parts.data_ptr() % amx.LINE
-        task = np.zeros(amx.FIELDS, np.int64)
+        task, parts = _to_pack(b.shape[1], len(b))
         task[[amx.B, amx.B_COLUMN, amx.B_ENTRY]] = b.data_ptr(), 4 * b.stride(1), 4 * b.stride(0)
-        task[[amx.N_COLUMNS, amx.N_ENTRIES, amx.PACKED]] = count, depth, address
-        _run(amx.pack_columns, amx.pack_columns_at, task, threads)
-        return Columns(count, depth, parts, address)
+        task[[amx.N_COLUMNS, amx.COLUMNS_PACKED]] = b.shape[1], 1
+        _run(amx.pack, amx.pack_at, task, threads)
+        return Columns(b.shape[1], len(b), parts, int(task[amx.PACKED]))
 
     def multiply(
-        self, a: Float[Tensor, "m k"], out: Float[Tensor, "m n"], *, threads: int = 1
+        self,
+        a: Float[Tensor, "m k"],
+        out: Float[Tensor, "m n"],
+        *,
+        bias: Float[Tensor, " n"] | None = None,
+        threads: int = 1,
     ) -> None:
-        """Write ``a @ b``; one of the strides of `a`, and of `out`, is 1."""
-        task = np.zeros(amx.FIELDS, np.int64)
-        n_rows = len(a)
+        """Write ``a @ b``, and add a bias; one of the strides of `a`, and of `out`, is 1.
+
+        A bias goes only with an `out` whose rows lie side by side.
+        """
+        task = _to_multiply(self, out, bias)
         task[[amx.A, amx.A_ROW, amx.A_ENTRY]] = a.data_ptr(), 4 * a.stride(0), 4 * a.stride(1)
-        task[[amx.OUT, amx.OUT_ROW, amx.OUT_COLUMN]] = (
-            out.data_ptr(),
-            4 * out.stride(0),
-            4 * out.stride(1),
-        )
-        task[[amx.N_ROWS, amx.N_COLUMNS, amx.N_ENTRIES]] = n_rows, self.count, self.depth
-        task[[amx.PACKED, amx.PANEL_ROWS]] = self.address, _panel(n_rows, threads)
-        _run(amx.multiply_rows, amx.multiply_rows_at, task, threads)
+        task[[amx.COLUMNS_PACKED, amx.PANEL_SIZE]] = 1, _panel(len(a), threads)
+        _run(amx.multiply, amx.multiply_at, task, threads)
+
+
+class Rows(_Packed):
+    """The rows of A."""
+
+    @staticmethod
+    def of(a: Float[Tensor, "m k"], *, threads: int = 1) -> Rows:
+        """Take rows apart; one of the strides is 1."""
+        task, parts = _to_pack(*a.shape)
+        task[[amx.A, amx.A_ROW, amx.A_ENTRY]] = a.data_ptr(), 4 * a.stride(0), 4 * a.stride(1)
+        task[amx.N_ROWS] = len(a)
+        _run(amx.pack, amx.pack_at, task, threads)
+        return Rows(*a.shape, parts, int(task[amx.PACKED]))
+
+    def multiply(
+        self,
+        b: Float[Tensor, "k n"],
+        out: Float[Tensor, "m n"],
+        *,
+        bias: Float[Tensor, " n"] | None = None,
+        threads: int = 1,
+    ) -> None:
+        """Do what `Columns.multiply` does."""
+        task = _to_multiply(self, out, bias)
+        task[[amx.B, amx.B_COLUMN, amx.B_ENTRY]] = b.data_ptr(), 4 * b.stride(1), 4 * b.stride(0)
+        task[amx.PANEL_SIZE] = _panel(b.shape[1], threads)
+        _run(amx.multiply, amx.multiply_at, task, threads)
+
+
+def _to_pack(count: int, depth: int) -> tuple[amx.Longs, Tensor]:
+    """Return a task without its vectors, and the memory for their parts."""
+    n_tiles = -(-count // amx.AT_ONCE) * 2
+    parts = torch.empty(
+        n_tiles * -(-depth // amx.DEPTH) * amx.STEP_BYTES + amx.LINE, dtype=torch.uint8
+    )
+    task = np.zeros(amx.FIELDS, np.int64)
+    task[amx.PACKED] = parts.data_ptr() + -parts.data_ptr() % amx.LINE
+    task[amx.N_ENTRIES] = depth
+    return task, parts
+
+
+def _to_multiply(packed: _Packed, out: Tensor, bias: Tensor | None) -> amx.Longs:
+    """Return a task without the factor that is not packed."""
+    task = np.zeros(amx.FIELDS, np.int64)
+    task[[amx.OUT, amx.OUT_ROW, amx.OUT_COLUMN]] = (
+        out.data_ptr(),
+        4 * out.stride(0),
+        4 * out.stride(1),
+    )
+    task[[amx.N_ROWS, amx.N_COLUMNS]] = out.shape
+    task[[amx.N_ENTRIES, amx.PACKED]] = packed.depth, packed.address
+    if bias is not None:
+        assert out.stride(1) == 1 == bias.stride(0)
+        task[amx.BIAS] = bias.data_ptr()
+    return task
 
 
 def _run(loop: Callable[[amx.Longs], None], address: int, task: amx.Longs, threads: int) -> None:
@@ -93,33 +146,36 @@ def _run(loop: Callable[[amx.Longs], None], address: int, task: amx.Longs, threa
         openmp.run(address, task.ctypes.data, threads=threads)
 
 
-def _panel(n_rows: int, threads: int) -> int:
+def _panel(count: int, threads: int) -> int:
     """Return how many rows a thread takes at a time: a few times for each, and in full blocks."""
-    return min(-(-n_rows // (3 * threads * amx.AT_ONCE)) * amx.AT_ONCE, amx.PANEL)
+    return min(-(-count // (3 * threads * amx.AT_ONCE)) * amx.AT_ONCE, amx.PANEL)
 
 
-def _work(a: Tensor, b: Tensor, threads: int) -> float:
-    """Return what it takes to bring the numbers of ``a @ b`` to where they are multiplied.
+def _work(packed: Tensor, count: int, threads: int) -> float:
+    """Return what it takes to bring the numbers of a packed factor to where they are multiplied.
 
-    Rows want their entries side by side, columns theirs apart; what comes otherwise is turned. The
-    parts of rows stay in the cache, those of columns are written once and read by every panel.
+    They are written once and read by every panel of the other factor, whose own parts stay in the
+    cache of the thread that makes them.
     """
-    turned = a.numel() * (a.stride(1) != 1) + b.numel() * (b.stride(0) == 1)
-    n_panels = len(a) / _panel(len(a), threads)
-    return _TURN * turned + b.numel() * (_WRITE + _READ * n_panels)
+    return packed.numel() * (_WRITE + _READ * count / _panel(count, threads))
 
 
-def product(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    """Return ``a @ b``, computed on all of torch's threads."""
+def product(
+    a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], bias: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "m n"]:
+    """Return ``a @ b``, plus a bias, computed on all of torch's threads."""
     a, b = (each if 1 in each.stride() else each.contiguous() for each in (a, b))
     out = a.new_empty(len(a), b.shape[1])
     threads = torch.get_num_threads()
-    if _work(b.T, a.T, threads) + _TURN * out.numel() < _work(a, b, threads):
-        left, right, target = b.T, a.T, out.T
-    else:
-        left, right, target = a, b, out
-    step = max(amx.AT_ONCE, _COLUMNS_BYTES // (6 * right.shape[0]) // amx.AT_ONCE * amx.AT_ONCE)
-    for first in range(0, right.shape[1], step):
-        some = slice(first, first + step)
-        Columns.of(right[:, some], threads=threads).multiply(left, target[:, some], threads=threads)
+    at_once = _PARTS_BYTES // (6 * a.shape[1]) // amx.AT_ONCE * amx.AT_ONCE
+    at_once = max(amx.AT_ONCE, at_once)
+    if _work(a, b.shape[1], threads) < _work(b, len(a), threads):
+        for some, into in zip(a.split(at_once), out.split(at_once), strict=True):
+            Rows.of(some, threads=threads).multiply(b, into, bias=bias, threads=threads)
+        return out
+    for first in range(0, b.shape[1], at_once):
+        some = slice(first, first + at_once)
+        Columns.of(b[:, some], threads=threads).multiply(
+            a, out[:, some], bias=None if bias is None else bias[some], threads=threads
+        )
     return out

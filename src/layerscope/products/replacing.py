@@ -64,5 +64,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if beta == 1 and alpha == 1 and bias.dtype == torch.float32 and _suits(a, b):
+        if bias.shape == b.shape[1:] and bias.is_contiguous():
+            return matrix_units.product(a, b, bias)
         return matrix_units.product(a, b).add_(bias)
     return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(0))
