@@ -90,11 +90,12 @@ class Rows(_Packed):
     @staticmethod
     def of(a: Float[Tensor, "m k"], *, threads: int = 1) -> Rows:
         """Take rows apart; one of the strides is 1."""
-        task, parts = _to_pack(*a.shape)
+        count, depth = a.shape
+        task, parts = _to_pack(count, depth)
         task[[amx.A, amx.A_ROW, amx.A_ENTRY]] = a.data_ptr(), 4 * a.stride(0), 4 * a.stride(1)
-        task[amx.N_ROWS] = len(a)
+        task[amx.N_ROWS] = count
         _run(amx.pack, amx.pack_at, task, threads)
-        return Rows(*a.shape, parts, int(task[amx.PACKED]))
+        return Rows(count, depth, parts, int(task[amx.PACKED]))
 
     def multiply(
         self,
