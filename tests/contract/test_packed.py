@@ -150,6 +150,37 @@ def test_gelu_in_one_operation_is_what_the_model_computes():
     assert seen[0].shape == after.shape and seen[0].equal(after)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_gate_in_one_operation_is_what_the_model_computes(family, monkeypatch):
+    elementwise = pytest.importorskip("layerscope.products.elementwise")
+    name = "silu_gate" if family == "llama" else "gelu_gate"
+    plain_gate, gates = getattr(elementwise, name), []
+
+    def counted(gate, up):
+        gates.append(plain_gate(gate, up))
+        return gates[-1]
+
+    monkeypatch.setattr(elementwise, name, counted)
+    model = loaded(family)
+    mlps = [block.mlp for block in hf(model).model.layers]
+    plain = taken(model)
+    gates.clear()
+    found = run_packed(model, plain, capture=["mlp.1.pre", "mlp.1.up", "mlp.1.post"])
+    assert len(gates) == len(mlps) - 1 and gates[0].equal(found["mlp.1.post"])
+    expected = mlps[1].act_fn(found["mlp.1.pre"]) * found["mlp.1.up"]
+    torch.testing.assert_close(found["mlp.1.post"], expected, rtol=1e-6, atol=1e-6)
+    # Nothing stays behind, and who looks at the activation sees it.
+    assert not any("forward" in vars(mlp) for mlp in mlps)
+    seen = []
+    handle = mlps[1].act_fn.register_forward_hook(lambda _m, _args, output: seen.append(output))
+    try:
+        again = run_packed(model, plain, capture="mlp.1.post")["mlp.1.post"]
+    finally:
+        handle.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(again, found["mlp.1.post"], rtol=1e-6, atol=1e-6)
+
+
 def test_what_cannot_be_packed_is_refused():
     model = loaded("llama")
     plain = model.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)

@@ -24,7 +24,13 @@ def compiled(
     """Compile a loop that runs without the interpreter lock, and keep it on disk if that can be."""
 
     def compile_it(loop: Loop) -> Loop:
-        options = {"nogil": True, "fastmath": fastmath, "forceinline": inline}
+        # Divisions by zero give infinity or NaN: a check of each would keep them out of registers.
+        options = {
+            "nogil": True,
+            "fastmath": fastmath,
+            "forceinline": inline,
+            "error_model": "numpy",
+        }
         make = cast("Callable[..., Callable[[Loop], Loop]]", numba.njit)
         try:
             return make(signature, cache=True, **options)(loop)

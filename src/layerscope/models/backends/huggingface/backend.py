@@ -29,9 +29,9 @@ from layerscope.models.backends.huggingface.hooks import (
     stopping_after,
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe, has_kernel
+from layerscope.models.backends.huggingface.one_operation import in_one_operation
 from layerscope.models.backends.huggingface.packing import (
     disprove_packing,
-    in_one_operation,
     only_ends,
     packed_inputs,
     shortest_window,

@@ -9,20 +9,16 @@ shorter than those. Every model is proved once before it may.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from layerscope.errors import CapabilityError, LayerscopeError
 from layerscope.models.backends.huggingface.cache import KeyValueCache
-from layerscope.models.backends.recording import current_run
 from layerscope.models.batches import TokenBatch
 from layerscope.models.identities import bound_of
 from layerscope.models.run import Capture, Packed, Piece, RunPlan, Start, plan
@@ -31,9 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from layerscope.models.backends.huggingface.backend import HuggingFaceBackend
-    from layerscope.models.backends.huggingface.structure import Structure
 
-_TANH_GELU = (NewGELUActivation, FastGELUActivation)
 _PROOF_TOKENS = 9
 
 
@@ -98,39 +92,6 @@ def _causal(n_columns: int, like: Tensor) -> Tensor:
     """Return the mask of whole rows, to add, [1, 1, query, key]; a piece takes its part of it."""
     hidden = like.new_full((n_columns, n_columns), torch.finfo(like.dtype).min)
     return hidden.triu(1)[None, None]
-
-
-@contextmanager
-def in_one_operation(run: object, structure: Structure) -> Generator[None]:
-    """Let the tanh form of GELU, which transformers writes as eight operations, be torch's own one.
-
-    The same formula, to rounding; over tokens of many rows it takes half the time.
-    """
-    wholes: dict[nn.Module, Tensor] = {}
-
-    def empty(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-        if current_run() is not run or len(args) != 1 or not isinstance(args[0], Tensor):
-            return None
-        wholes[module] = args[0]
-        return (args[0][:, :0],)
-
-    def compute(module: nn.Module, _args: Any, _output: Any) -> Tensor | None:
-        value = wholes.pop(module, None) if current_run() is run else None
-        return None if value is None else nn.functional.gelu(value, approximate="tanh")
-
-    handles: list[RemovableHandle] = []
-    try:
-        for block in structure.blocks:
-            activation = block.inner.activation
-            if activation is None or type(activation.module) not in _TANH_GELU:
-                continue
-            # Others' hooks see whole tensors: theirs come before the first, and after the second.
-            handles.append(activation.module.register_forward_pre_hook(empty))
-            handles.append(activation.module.register_forward_hook(compute, prepend=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def only_ends(packed: Packed, columns: Int[Tensor, "1 pos"]) -> bool:

@@ -1,0 +1,181 @@
+"""What stands between the products of an MLP, in one pass over its numbers.
+
+A gate is two operations of torch, each of which reads and writes everything anew; over the tokens
+of many rows they take as long as a product. Here every number is read once. Everything is float32,
+within a few roundings of the same formula in float64; minus infinity stays what it is. Importing
+this module compiles its loops, or loads them from numba's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numba.core import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerscope.products import openmp
+from layerscope.products.compiling import Longs, as_array, callback, compiled, ir, take
+
+Floats = NDArray[np.float32]
+
+# 2 ** f for |f| <= 1/2: relative error 2e-9 before rounding (fitted for the least largest error).
+_E1, _E2, _E3 = np.float32(6.93147206e-1), np.float32(2.40226469e-1), np.float32(5.55032878e-2)
+_E4, _E5, _E6 = np.float32(9.61848896e-3), np.float32(1.33999312e-3), np.float32(1.53458104e-4)
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # powers of two that are normal numbers
+_ROUNDER = np.float32(1.5 * 2.0**23)  # added to a small number, it leaves its integer part
+_ROUNDER_BITS, _EXPONENT_BITS, _BIAS = np.int32(0x4B400000), np.int32(23), np.int32(127)
+_ONE = np.float32(1.0)
+_LOG2_E = np.float32(1.4426950408889634)
+_CUBE = np.float32(0.044715)  # D. Hendrycks and K. Gimpel, 2016: GELU by a hyperbolic tangent
+_TWICE = np.float32(2.0 * (2.0 / np.pi) ** 0.5)
+
+_AT_ONCE = 1 << 14  # numbers that a thread takes at a time
+X, Y, OUT, N, NEXT, FIELDS = range(6)  # of a task
+
+
+@intrinsic
+def _pointer(_typing: Any, address: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    """Return an address as one of floats."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+pointer = cast("Callable[[int], Any]", _pointer)
+
+
+@compiled(fastmath={"contract"}, inline=True)
+def _sigmoid(x: np.float32) -> np.float32:
+    """Return 1 / (1 + 2 ** -x); NaN for NaN."""
+    power = _HIGHEST if -x > _HIGHEST else -x
+    power = _LOWEST if power < _LOWEST else power
+    rounded = power + _ROUNDER
+    whole = np.float32(rounded).view(np.int32) - _ROUNDER_BITS
+    f = power - np.float32(whole)
+    found = ((((((_E6 * f + _E5) * f + _E4) * f + _E3) * f + _E2) * f + _E1) * f) + _ONE
+    scale = np.int32((whole + _BIAS) << _EXPONENT_BITS).view(np.float32)
+    return _ONE / (_ONE + found * scale)
+
+
+@compiled(fastmath={"contract"}, inline=True)
+def _silu(x: np.float32) -> np.float32:
+    return x * _sigmoid(x * _LOG2_E)
+
+
+@compiled(fastmath={"contract"}, inline=True)
+def _gelu(x: np.float32) -> np.float32:
+    # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+    return x * _sigmoid(_TWICE * _LOG2_E * (x + _CUBE * x * x * x))
+
+
+@compiled("void(int64[::1])", fastmath={"contract"})
+def _gelu_all(task: Longs) -> None:
+    n, counter = task[N], task.ctypes.data + 8 * NEXT
+    while True:
+        first = take(counter) * _AT_ONCE
+        if first >= n:
+            break
+        size = min(_AT_ONCE, n - first)
+        x = as_array(pointer(task[X] + 4 * first), (size,))
+        out = as_array(pointer(task[OUT] + 4 * first), (size,))
+        for i in range(size):
+            out[i] = _gelu(x[i])
+
+
+@compiled("void(int64[::1])", fastmath={"contract"})
+def _gelu_gate(task: Longs) -> None:
+    n, counter = task[N], task.ctypes.data + 8 * NEXT
+    while True:
+        first = take(counter) * _AT_ONCE
+        if first >= n:
+            break
+        size = min(_AT_ONCE, n - first)
+        x = as_array(pointer(task[X] + 4 * first), (size,))
+        y = as_array(pointer(task[Y] + 4 * first), (size,))
+        out = as_array(pointer(task[OUT] + 4 * first), (size,))
+        for i in range(size):
+            out[i] = _gelu(x[i]) * y[i]
+
+
+@compiled("void(int64[::1])", fastmath={"contract"})
+def _silu_gate(task: Longs) -> None:
+    n, counter = task[N], task.ctypes.data + 8 * NEXT
+    while True:
+        first = take(counter) * _AT_ONCE
+        if first >= n:
+            break
+        size = min(_AT_ONCE, n - first)
+        x = as_array(pointer(task[X] + 4 * first), (size,))
+        y = as_array(pointer(task[Y] + 4 * first), (size,))
+        out = as_array(pointer(task[OUT] + 4 * first), (size,))
+        for i in range(size):
+            out[i] = _silu(x[i]) * y[i]
+
+
+@callback("void(CPointer(int64))")
+def _gelu_all_at(address: Longs) -> None:
+    _gelu_all(as_array(address, (FIELDS,)))
+
+
+@callback("void(CPointer(int64))")
+def _gelu_gate_at(address: Longs) -> None:
+    _gelu_gate(as_array(address, (FIELDS,)))
+
+
+@callback("void(CPointer(int64))")
+def _silu_gate_at(address: Longs) -> None:
+    _silu_gate(as_array(address, (FIELDS,)))
+
+
+def suits(*tensors: Tensor) -> bool:
+    """Return True where tensors lie in the CPU's memory as these loops want them."""
+    return openmp.available() and all(
+        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+        for tensor in tensors
+    )
+
+
+def gelu(x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+    """Return the tanh form of GELU."""
+    return _run(_gelu_all, _gelu_all_at, x)
+
+
+def gelu_gate(
+    gate: Float[Tensor, "... width"], up: Float[Tensor, "... width"]
+) -> Float[Tensor, "... width"]:
+    """Return ``gelu(gate) * up``, of the tanh form."""
+    return _run(_gelu_gate, _gelu_gate_at, gate, up)
+
+
+def silu_gate(
+    gate: Float[Tensor, "... width"], up: Float[Tensor, "... width"]
+) -> Float[Tensor, "... width"]:
+    """Return ``silu(gate) * up``."""
+    return _run(_silu_gate, _silu_gate_at, gate, up)
+
+
+def _run(
+    loop: Callable[[Longs], None],
+    address: int,
+    x: Tensor,
+    y: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(x)
+    task = np.zeros(FIELDS, np.int64)
+    task[[X, OUT, N]] = x.data_ptr(), out.data_ptr(), x.numel()
+    if y is not None:
+        task[Y] = y.data_ptr()
+    threads = torch.get_num_threads()
+    if threads == 1 or x.numel() <= _AT_ONCE:
+        loop(task)
+    else:
+        openmp.run(address, task.ctypes.data, threads=threads)
+    return out
