@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("text")
-    parser.add_argument("folder")
+    parser.add_argument("--out", required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -45,7 +45,7 @@ def main() -> None:
         "tuned",
         model,
         given.text,
-        given.folder,
+        given.out,
         data=data,
         options=TunedOptions(baseline=False),
     )

@@ -1,6 +1,6 @@
 """AlignmentResearch/tuned-lens's own trainer, in its own environment: one fit, then one JSON line.
 
-    python tuned_lens_trainer.py MODEL TRAIN.jsonl FOLDER --optimizer sgd --steps 250 ...
+    python tuned_lens_trainer.py MODEL TRAIN.jsonl --out FOLDER --optimizer sgd --steps 250 ...
 
 Everything but the size of a step is the trainer's default.
 """
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("text")
-    parser.add_argument("folder")
+    parser.add_argument("--out", required=True)
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--context", type=int, default=256)
@@ -47,7 +47,7 @@ def main() -> None:
             optimizer=ingredients.OptimizerOption(given.optimizer), zero=False
         ),
         dist=ingredients.Distributed(fsdp=False, cpu_offload=False, per_gpu_batch_size=given.batch),
-        output=Path(given.folder),
+        output=Path(given.out),
         bias_only=False,
         num_steps=given.steps,
         tokens_per_step=given.batch * given.context,
