@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layerscope.products import openmp
-from layerscope.readout import Reference, Unembedding, plan, readout
+from layerscope.readout import Reference, Unembedding, fused, plan, readout
 from layerscope.readout.workers import Workers
 
 
@@ -80,6 +80,19 @@ def test_gradients_are_off_in_workers() -> None:
     with torch.no_grad(), Workers(3) as workers:
         enabled = workers.map(lambda _item, _worker: torch.is_grad_enabled(), range(2), at_once=2)
     assert enabled == [False, False]
+
+
+@pytest.mark.parametrize("kernels", ["plain", "fused"])
+def test_a_readout_in_inference_mode_is_the_same(kernels: fused.Kernels) -> None:
+    if kernels == "fused":
+        pytest.importorskip("numba")
+    hidden, head = torch.randn(12, 16), Unembedding(torch.randn(800, 16))
+    expected = readout(hidden, head, kernels=kernels)
+    with torch.inference_mode():
+        found = readout(hidden, head, kernels=kernels)
+    assert found.entropy_bits is not None
+    assert expected.entropy_bits is not None
+    assert torch.equal(found.entropy_bits, expected.entropy_bits)
 
 
 def test_an_accelerator_needs_no_workers() -> None:

@@ -75,8 +75,11 @@ class Workers:
         if at_once <= 1:
             return [work(item, 0) for item in items]
 
+        inference = torch.is_inference_mode_enabled()
+
         def run(worker: int) -> list[Result]:
-            with torch.no_grad():  # which is a setting of the thread
+            # Both are settings of the thread, and leaving inference mode turns gradients on.
+            with torch.inference_mode(inference), torch.no_grad():
                 return [work(item, worker) for item in items[worker::at_once]]
 
         # torch's own threads would use no others inside an operation.
