@@ -16,21 +16,13 @@ import torch
 from jaxtyping import Float
 from numba.core import types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
 from layerscope.products import openmp
 from layerscope.products.compiling import Longs, as_array, callback, compiled, ir, take
+from layerscope.products.powers import exp2
 
-Floats = NDArray[np.float32]
-
-# 2 ** f for |f| <= 1/2: relative error 2e-9 before rounding (fitted for the least largest error).
-_E1, _E2, _E3 = np.float32(6.93147206e-1), np.float32(2.40226469e-1), np.float32(5.55032878e-2)
-_E4, _E5, _E6 = np.float32(9.61848896e-3), np.float32(1.33999312e-3), np.float32(1.53458104e-4)
-_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # powers of two that are normal numbers
-_ROUNDER = np.float32(1.5 * 2.0**23)  # added to a small number, it leaves its integer part
-_ROUNDER_BITS, _EXPONENT_BITS, _BIAS = np.int32(0x4B400000), np.int32(23), np.int32(127)
-_ONE = np.float32(1.0)
+_ONE, _HIGHEST = np.float32(1.0), np.float32(126.0)  # the last power that `exp2` knows
 _LOG2_E = np.float32(1.4426950408889634)
 _CUBE = np.float32(0.044715)  # D. Hendrycks and K. Gimpel, 2016: GELU by a hyperbolic tangent
 _TWICE = np.float32(2.0 * (2.0 / np.pi) ** 0.5)
@@ -55,14 +47,7 @@ pointer = cast("Callable[[int], Any]", _pointer)
 @compiled(fastmath={"contract"}, inline=True)
 def _sigmoid(x: np.float32) -> np.float32:
     """Return 1 / (1 + 2 ** -x); NaN for NaN."""
-    power = _HIGHEST if -x > _HIGHEST else -x
-    power = _LOWEST if power < _LOWEST else power
-    rounded = power + _ROUNDER
-    whole = np.float32(rounded).view(np.int32) - _ROUNDER_BITS
-    f = power - np.float32(whole)
-    found = ((((((_E6 * f + _E5) * f + _E4) * f + _E3) * f + _E2) * f + _E1) * f) + _ONE
-    scale = np.int32((whole + _BIAS) << _EXPONENT_BITS).view(np.float32)
-    return _ONE / (_ONE + found * scale)
+    return _ONE / (_ONE + exp2(_HIGHEST if -x > _HIGHEST else -x))
 
 
 @compiled(fastmath={"contract"}, inline=True)

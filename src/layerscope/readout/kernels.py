@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerscope.products.compiling import compiled
+from layerscope.products.powers import exp2
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -30,12 +31,7 @@ _EXP2_RANGE = np.float32(60.0)  # as in `passes`
 _TINY = np.float32(np.finfo(np.float32).tiny)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 
-# 2 ** f for |f| <= 1/2: relative error 2e-9 before rounding (fitted for the least largest error).
-_E1, _E2, _E3 = np.float32(6.93147206e-1), np.float32(2.40226469e-1), np.float32(5.55032878e-2)
-_E4, _E5, _E6 = np.float32(9.61848896e-3), np.float32(1.33999312e-3), np.float32(1.53458104e-4)
-_LOWEST = np.float32(-126.0)  # below it, powers of two are not normal numbers
-_ROUNDER = np.float32(1.5 * 2.0**23)  # added to a small number, it leaves its integer part
-_ROUNDER_BITS, _EXPONENT_BITS, _BIAS = np.int32(0x4B400000), np.int32(23), np.int32(127)
+_EXPONENT_BITS = np.int32(23)
 
 # log2(1 + t) / t for 1 + t between sqrt(1/2) and sqrt(2): error 7e-9 before rounding, fitted alike.
 _L0, _L1, _L2 = np.float32(1.44269487), np.float32(-0.72134713), np.float32(0.48092242)
@@ -44,17 +40,6 @@ _L6, _L7, _L8 = np.float32(0.21736586), np.float32(-0.21028954), np.float32(0.12
 _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 _SUMS = {"reassoc", "contract", "nsz", "arcp"}
-
-
-@compiled(fastmath={"contract"}, inline=True)
-def exp2(x: np.float32) -> np.float32:
-    """Return 2 ** x: 0 below -126, as accurate as float32 up to 126, NaN or infinity for these."""
-    rounded = x + _ROUNDER
-    whole = np.float32(rounded).view(np.int32) - _ROUNDER_BITS
-    f = x - np.float32(whole)
-    power = ((((((_E6 * f + _E5) * f + _E4) * f + _E3) * f + _E2) * f + _E1) * f) + _ONE
-    scale = np.int32((whole + _BIAS) << _EXPONENT_BITS).view(np.float32)
-    return _ZERO if x < _LOWEST else power * scale
 
 
 @compiled(fastmath={"contract"}, inline=True)
