@@ -24,6 +24,7 @@ BENCHMARKS = (
     "generate",
     "fit",
     "pathways",
+    "pathways_memory",
     "patching",
     "battery",
 )

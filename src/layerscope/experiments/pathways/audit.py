@@ -158,6 +158,18 @@ def audit(config: PathwaysConfig, universe: Universe | None) -> Audit:
     return result
 
 
+def causal_records(config: PathwaysConfig) -> list[CausalRecord]:
+    """Return the causal features of the checkpoints that have an effect size; faults are ignored.
+
+    For estimates before a run: the audit says what is wrong with them.
+    """
+    data, unheard = Path(config.data), Findings()
+    files = _sample(find_files(data, config.checkpoints), config, "checkpoints")
+    records, _ = _read_checkpoints(data, files, unheard)
+    kept, _ = _unique(records, config, unheard)
+    return [record for record in kept if record.is_causal and math.isfinite(record.cohen_d)]
+
+
 def _sample(files: list[Path], config: PathwaysConfig, kind: str) -> list[Path]:
     if config.sample is None or len(files) <= config.sample:
         return files

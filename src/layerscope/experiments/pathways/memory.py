@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 
 from layerscope.allocator import peak_memory_bytes
+from layerscope.experiments.pathways.audit import causal_records
 from layerscope.experiments.pathways.targets import group_size
 from layerscope.experiments.pathways.workspace import Workspace
+from layerscope.features.dictionary import SparseDictionary
 from layerscope.features.staging import plan_stages
 from layerscope.models.devices import parse_device, place
 from layerscope.models.memory import Sizes
 
-_FIRST_USE = 150e6  # what torch, transformers and polars take when first used
+_FIRST_USE = 185e6  # of a first run: 105 MB of libraries' pages, and what they allocate
+_AROUND = 2**16  # bytes that Linux maps around a page of a file that is read
 _ACTIVE = 64  # features of a token, where the dictionary's file does not say
 _SWEPT = 2**28  # bytes of one backward pass of a sweep
 _TRACED = 2**30  # bytes of one backward pass that traces input tokens
@@ -46,7 +50,7 @@ def peak_bytes(device: str | None) -> int | None:
 
 
 def plan(work: Workspace) -> dict[str, Any]:
-    """Return what a run needs, from configuration files and headers alone; nothing is computed.
+    """Return what a run needs, from configuration, headers and checkpoints; nothing is computed.
 
     Bytes are those of the device: on CUDA what torch allocates there, else the resident set of
     this process, in which mapped pages of the dictionaries' files count.
@@ -69,7 +73,7 @@ def plan(work: Workspace) -> dict[str, Any]:
         "model": 0 if work.has_model else model_bytes,
         "state": _state(work, tokens, n_layers, placed.dtype.itemsize),
         "before": torch.cuda.memory_allocated(placed.device) if cuda else _resident(),
-        "mapped": 0 if cuda else sum(_stored(each.facts.get("path")) for each in used) / 2,
+        "mapped": 0 if cuda else sum(_mapped(each, tokens) for each in used),
     }
     # Dictionaries are staged before the first sweep of a prompt, not during it; but a process on
     # the CPU keeps what it freed.
@@ -106,11 +110,12 @@ def _phases(
     """Return what every stage holds beside the model and the prompt's state."""
     d_model, d_mlp = int(sizes.d_model or 0), int(sizes.d_mlp or 0)
     group = min(targets, group_size(work, tokens))
-    # At the worst moment of a block: stream and norm in float32, queries, keys and values, and the
-    # three tensors of a gated MLP.
-    block = 2 * 4 * d_model + item * (8 * d_model + 3 * d_mlp)
+    # At the worst moment of a block: stream and norm in float32; queries, keys, values and what
+    # they are turned into, or, when these are gone, three tensors of the MLP.
+    block = 2 * 4 * d_model + item * max(8 * d_model, 3 * d_mlp)
     texts = min(_ENCODED, _TEXTS * tokens)
-    traced = min(32 * tokens * int(sizes.n_layers or 1) * _KEPT * d_model * item, _TRACED)
+    point = tokens * _blocks_traced(work) * _KEPT * d_model * item
+    traced = point * max(1, min(32, _TRACED // point)) if point else 0
     logits = int(sizes.d_vocab or 0) * item
     return {
         "discover": 2 * 4 * group * tokens * d_model
@@ -122,15 +127,44 @@ def _phases(
 
 def _state(work: Workspace, tokens: int, n_layers: int, item: int) -> float:
     """Return the bytes of a prompt's state: residuals, keys and values, write directions."""
-    directions = 0.0
-    for dictionary in work.dictionaries:
-        active = float(dictionary.facts.get("expected_l0") or _ACTIVE)
-        n = dictionary.n_features
-        # As if every token drew its features among all: some are active at several.
-        distinct = n * (1 - (1 - min(1.0, active / n)) ** tokens)
-        directions += distinct * dictionary.d_out * 4
+    directions = sum(_distinct(each, tokens) * each.d_out * 4 for each in work.dictionaries)
     width = next(iter(work.dictionaries)).d_in
     return directions + 3 * (n_layers + 1) * tokens * width * item
+
+
+def _distinct(dictionary: SparseDictionary, tokens: int) -> float:
+    """Return how many features are active on a prompt.
+
+    As if every token drew its features among all: some are active at several.
+    """
+    active = float(dictionary.facts.get("expected_l0") or _ACTIVE)
+    n = dictionary.n_features
+    return n * (1 - (1 - min(1.0, active / n)) ** tokens)
+
+
+def _mapped(dictionary: SparseDictionary, tokens: int) -> float:
+    """Return the bytes of a dictionary's file that stay mapped.
+
+    All of the encoder, which is read whole; of the decoder what lies around the rows of active
+    features, as if these were strewn over it.
+    """
+    half = _stored(dictionary.facts.get("path")) / 2
+    if not half:
+        return 0.0
+    return half * (2 - math.exp(-_distinct(dictionary, tokens) * _AROUND / half))
+
+
+def _blocks_traced(work: Workspace) -> int:
+    """Return through how many blocks input tokens are traced at most.
+
+    They are those below the features of the largest effects. Where no checkpoint names a causal
+    feature, these could be of any layer.
+    """
+    known = set(work.dictionaries.layers)
+    causal = [record for record in causal_records(work.config) if record.layer in known]
+    ranked = sorted(causal, key=lambda record: (-abs(record.cohen_d), record.layer))
+    layers = [record.layer for record in ranked] or [max(known)]
+    return max((layer + 1 for layer in layers[: work.config.drivers]), default=0)
 
 
 def _stored(path: Any) -> int:
