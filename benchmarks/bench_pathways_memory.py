@@ -1,6 +1,6 @@
 """What the plan of a pathways run says of its memory, beside what the run takes.
 
-    python -m benchmarks pathways_memory [NAME...]
+    python -m benchmarks pathways_memory
 
 Models of random weights, Llama and GPT-2, deep and wide, with small and large vocabularies and
 dictionaries, few and many targets, short and long prompts. Each is planned and run on the CPU by a
@@ -120,7 +120,7 @@ def _layerscope(folder: Path, shape: Shape, *more: str) -> dict[str, Any]:
         "top_k_pathways": shape.edges,
         "permutations": shape.permutations,
         "nulls": 2,
-        "drivers": 4,
+        "drivers": 2,
     }
     words = [sys.executable, "-m", "layerscope", "pathways", "run", "--json"]
     for option in ("data", "model", "dictionaries"):
