@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from layerscope.errors import ConfigError
-from layerscope.products import ProductChoice, choose, products
+from layerscope.models import language_model
+from layerscope.products import ProductChoice, Products, choose, products
 from layerscope.products import choice as module
+from support.loaded import loaded
 
 MKLDNN: Any = torch.backends.mkldnn.matmul
 CUDA: Any = torch.backends.cuda.matmul
@@ -110,6 +112,24 @@ def test_away_from_the_cpu_full_float32_is_kept() -> None:
     choice = choose("checked", device="cuda")
     assert choice.precision == "highest"
     assert "TF32" in choice.reason
+    with products("checked", device="cuda") as scope:
+        assert scope == choice
+        assert _state()[0] == "highest"
+
+
+def test_a_model_asks_for_products_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def noted(requested: Products, *, device: torch.device) -> None:
+        raise Asked(requested, device)
+
+    model = loaded("llama")
+    monkeypatch.setattr(language_model, "matrix_products", noted)
+    monkeypatch.setattr(type(model.backend), "device", torch.device("cuda"))
+    with pytest.raises(Asked) as found:
+        model.run([[1, 5, 9]], products="checked")
+    assert found.value.args == ("checked", torch.device("cuda"))
 
 
 def test_low_precision_operands_are_not_concerned() -> None:

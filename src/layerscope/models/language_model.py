@@ -319,7 +319,7 @@ class LanguageModel:
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
             raise CapabilityError(self.backend.why_lacking(Capability.GRADIENTS))
-        with matrix_products(products) as choice:
+        with matrix_products(products, device=self.device) as choice:
             execution = self.backend.execute(planned)
         return RunResult(
             activations=execution.activations,

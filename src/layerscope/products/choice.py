@@ -170,16 +170,19 @@ def _error(product: Tensor, exact: Tensor) -> float:
 
 
 @contextmanager
-def products(requested: Products | ProductChoice) -> Generator[ProductChoice]:
+def products(
+    requested: Products | ProductChoice, *, device: str | torch.device = "cpu"
+) -> Generator[ProductChoice]:
     """Run the block with the chosen float32 product, then restore whatever was set before.
 
     Scopes nest, and restore on exceptions too. The setting is torch's and therefore global to the
     process: products that other threads run at the same time are affected as well.
 
     Args:
-        requested: "default", "checked" (decided for the CPU), or a choice made by `choose`.
+        requested: "default", "checked", or a choice made by `choose`.
+        device: where the products will run, see `choose`.
     """
-    choice = requested if isinstance(requested, ProductChoice) else choose(requested)
+    choice = requested if isinstance(requested, ProductChoice) else choose(requested, device=device)
     if choice.precision == "unchanged":
         yield choice
         return

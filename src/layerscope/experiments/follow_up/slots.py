@@ -205,7 +205,7 @@ class _Reader:
         """Return logits before and after the head's cap."""
         head = self.model.unembedding
         dtype = torch.promote_types(final.dtype, torch.float32)
-        with torch.no_grad(), matrix_products(self.products):
+        with torch.no_grad(), matrix_products(self.products, device=head.weight.device):
             hidden = final.detach().to(head.weight.device, dtype)
             z = head.shift(hidden @ head.weight.detach().to(dtype).T)
         return z, z if head.softcap is None else head.cap(z.clone())

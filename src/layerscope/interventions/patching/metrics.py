@@ -138,7 +138,7 @@ class Reader:
         places = list(rows)
         whole = any(metric.whole for metric in self.metrics)
         step = max(_LOGITS_BYTES // (8 * head.d_vocab), 1) if whole else len(places)
-        with torch.no_grad(), matrix_products(self.products):
+        with torch.no_grad(), matrix_products(self.products, device=head.weight.device):
             for begin in range(0, len(places), step):
                 chosen = slice(begin, begin + step)
                 results[chosen] = self._read(final[chosen], places[chosen], head, whole)
