@@ -28,7 +28,8 @@ _CUBE = np.float32(0.044715)  # D. Hendrycks and K. Gimpel, 2016: GELU by a hype
 _TWICE = np.float32(2.0 * (2.0 / np.pi) ** 0.5)
 
 _AT_ONCE = 1 << 14  # numbers that a thread takes at a time
-X, Y, OUT, N, NEXT, FIELDS = range(6)  # of a task
+X, Y, OUT, N, KIND, NEXT, FIELDS = range(7)  # of a task
+_GELU, _GELU_GATE, _SILU_GATE = range(3)
 
 
 @intrinsic
@@ -62,22 +63,9 @@ def _gelu(x: np.float32) -> np.float32:
 
 
 @compiled("void(int64[::1])", fastmath={"contract"})
-def _gelu_all(task: Longs) -> None:
-    n, counter = task[N], task.ctypes.data + 8 * NEXT
-    while True:
-        first = take(counter) * _AT_ONCE
-        if first >= n:
-            break
-        size = min(_AT_ONCE, n - first)
-        x = as_array(pointer(task[X] + 4 * first), (size,))
-        out = as_array(pointer(task[OUT] + 4 * first), (size,))
-        for i in range(size):
-            out[i] = _gelu(x[i])
-
-
-@compiled("void(int64[::1])", fastmath={"contract"})
-def _gelu_gate(task: Longs) -> None:
-    n, counter = task[N], task.ctypes.data + 8 * NEXT
+def apply(task: Longs) -> None:
+    """Take some numbers at a time until none is left."""
+    n, kind, counter = task[N], task[KIND], task.ctypes.data + 8 * NEXT
     while True:
         first = take(counter) * _AT_ONCE
         if first >= n:
@@ -86,38 +74,21 @@ def _gelu_gate(task: Longs) -> None:
         x = as_array(pointer(task[X] + 4 * first), (size,))
         y = as_array(pointer(task[Y] + 4 * first), (size,))
         out = as_array(pointer(task[OUT] + 4 * first), (size,))
-        for i in range(size):
-            out[i] = _gelu(x[i]) * y[i]
-
-
-@compiled("void(int64[::1])", fastmath={"contract"})
-def _silu_gate(task: Longs) -> None:
-    n, counter = task[N], task.ctypes.data + 8 * NEXT
-    while True:
-        first = take(counter) * _AT_ONCE
-        if first >= n:
-            break
-        size = min(_AT_ONCE, n - first)
-        x = as_array(pointer(task[X] + 4 * first), (size,))
-        y = as_array(pointer(task[Y] + 4 * first), (size,))
-        out = as_array(pointer(task[OUT] + 4 * first), (size,))
-        for i in range(size):
-            out[i] = _silu(x[i]) * y[i]
+        if kind == _GELU:
+            for i in range(size):
+                out[i] = _gelu(x[i])
+        elif kind == _GELU_GATE:
+            for i in range(size):
+                out[i] = _gelu(x[i]) * y[i]
+        else:
+            for i in range(size):
+                out[i] = _silu(x[i]) * y[i]
 
 
 @callback("void(CPointer(int64))")
-def _gelu_all_at(address: Longs) -> None:
-    _gelu_all(as_array(address, (FIELDS,)))
-
-
-@callback("void(CPointer(int64))")
-def _gelu_gate_at(address: Longs) -> None:
-    _gelu_gate(as_array(address, (FIELDS,)))
-
-
-@callback("void(CPointer(int64))")
-def _silu_gate_at(address: Longs) -> None:
-    _silu_gate(as_array(address, (FIELDS,)))
+def apply_at(address: Longs) -> None:
+    """Do what `apply` does, for the task at an address."""
+    apply(as_array(address, (FIELDS,)))
 
 
 def suits(*tensors: Tensor) -> bool:
@@ -130,37 +101,31 @@ def suits(*tensors: Tensor) -> bool:
 
 def gelu(x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
     """Return the tanh form of GELU."""
-    return _run(_gelu_all, _gelu_all_at, x)
+    return _run(_GELU, x, x)
 
 
 def gelu_gate(
     gate: Float[Tensor, "... width"], up: Float[Tensor, "... width"]
 ) -> Float[Tensor, "... width"]:
     """Return ``gelu(gate) * up``, of the tanh form."""
-    return _run(_gelu_gate, _gelu_gate_at, gate, up)
+    return _run(_GELU_GATE, gate, up)
 
 
 def silu_gate(
     gate: Float[Tensor, "... width"], up: Float[Tensor, "... width"]
 ) -> Float[Tensor, "... width"]:
     """Return ``silu(gate) * up``."""
-    return _run(_silu_gate, _silu_gate_at, gate, up)
+    return _run(_SILU_GATE, gate, up)
 
 
-def _run(
-    loop: Callable[[Longs], None],
-    address: int,
-    x: Tensor,
-    y: Tensor | None = None,
-) -> Tensor:
+def _run(kind: int, x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty_like(x)
     task = np.zeros(FIELDS, np.int64)
-    task[[X, OUT, N]] = x.data_ptr(), out.data_ptr(), x.numel()
-    if y is not None:
-        task[Y] = y.data_ptr()
+    task[[X, Y, OUT]] = x.data_ptr(), y.data_ptr(), out.data_ptr()
+    task[[N, KIND]] = x.numel(), kind
     threads = torch.get_num_threads()
     if threads == 1 or x.numel() <= _AT_ONCE:
-        loop(task)
+        apply(task)
     else:
-        openmp.run(address, task.ctypes.data, threads=threads)
+        openmp.run(apply_at, task.ctypes.data, threads=threads)
     return out
