@@ -35,12 +35,13 @@ STEP_BYTES = PARTS * PART_BYTES  # of one factor, over DEPTH entries
 _LONG, _INT, _SHORT, _BYTE, _BIT = (ir.IntType(bits) for bits in (64, 32, 16, 8, 1))
 _POINTER, _VOID = ir.PointerType(), ir.VoidType()
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), SIDE), ir.VectorType(_INT, SIDE)
-_HALVES, _MASK = ir.VectorType(_SHORT, 2 * SIDE), ir.VectorType(_BIT, SIDE)
+_HALVES = ir.VectorType(_SHORT, 2 * SIDE)
 _ZEROS = ir.Constant(_FLOATS, [0.0] * SIDE)
 
 CHUNK = 768  # entries added up at a time: with PANEL rows, their parts fit in the second cache
 PANEL = 256  # rows (or columns), at most, that one thread takes at a time
 AT_ONCE = 2 * SIDE  # rows, and columns, that `blocks` takes
+AHEAD = 12  # lines of the next columns (or rows) fetched in a step: all of them in a PANEL
 
 # Fields of a task.
 (
@@ -78,12 +79,15 @@ def _plus(builder: Any, address: Any, distance: int) -> Any:
     return builder.add(address, _LONG(distance))
 
 
-def _fetch(builder: Any, address: Any, *, written: bool = False) -> None:
-    """Bring a line to the nearest cache; an address that does not exist does no harm."""
-    nearest, data = _INT(3), _INT(1)
-    _call(
-        builder, "llvm.prefetch.p0", _VOID, _at(builder, address), _INT(int(written)), nearest, data
-    )
+def _fetch(builder: Any, address: Any, *, nearest: bool = True) -> None:
+    """Bring a line to the nearest or the second cache; an address of nothing does no harm."""
+    read, cache, data = _INT(0), _INT(3 if nearest else 2), _INT(1)
+    _call(builder, "llvm.prefetch.p0", _VOID, _at(builder, address), read, cache, data)
+
+
+def _share(n: int, turn: int, n_turns: int) -> range:
+    """Return which of n things are done in a turn, where turns share them evenly."""
+    return range(turn * n // n_turns, (turn + 1) * n // n_turns)
 
 
 def _repeat(builder: Any, times: Any, write: Callable[[Any], None]) -> None:
@@ -265,7 +269,21 @@ def _transpose(_typing: Any, source: Any, out: Any) -> Any:  # pyright: ignore[r
 
 @intrinsic
 def _blocks(  # pyright: ignore[reportUnusedFunction]
-    _typing: Any, a: Any, next_a: Any, b: Any, next_b: Any, steps: Any, out: Any
+    _typing: Any,
+    a: Any,
+    next_a: Any,
+    b: Any,
+    next_b: Any,
+    steps: Any,
+    start: Any,
+    start_stride: Any,
+    start_right: Any,
+    start_below: Any,
+    out: Any,
+    out_stride: Any,
+    out_right: Any,
+    out_below: Any,
+    ahead: Any,
 ) -> Any:
     """Add up two rows x two columns of blocks over `steps` times DEPTH entries.
 
@@ -275,114 +293,122 @@ def _blocks(  # pyright: ignore[reportUnusedFunction]
         b: of 16 columns.
         next_b: of the 16 columns of the second column of blocks.
         steps: how many.
-        out: address of the four blocks of floats: both of the first row, then of the second.
+        start: address of the floats that sums start from.
+        start_stride: from one line of a block of these to the next.
+        start_right: from a block to its neighbour on the right.
+        start_below: from a block to the one below.
+        out: address of the results, which may be `start`.
+        out_stride: as `start_stride`, for results.
+        out_right: as `start_right`.
+        out_below: as `start_below`.
+        ahead: address of what is wanted next, AHEAD lines of which are fetched in each step.
     """
 
-    def write(builder: Any, a: Any, next_a: Any, b: Any, next_b: Any, steps: Any, out: Any) -> None:
+    def write(
+        builder: Any,
+        a: Any,
+        next_a: Any,
+        b: Any,
+        next_b: Any,
+        steps: Any,
+        start: Any,
+        start_stride: Any,
+        start_right: Any,
+        start_below: Any,
+        out: Any,
+        out_stride: Any,
+        out_right: Any,
+        out_below: Any,
+        ahead: Any,
+    ) -> None:
         sums, rows, columns = (0, 1, 2, 3), (4, 5), (6, 7)
 
         def read(registers: tuple[int, int], starts: tuple[Any, Any], part: int) -> None:
-            for register, start in zip(registers, starts, strict=True):
-                where = _at(builder, _plus(builder, start, part * PART_BYTES))
+            for register, begin in zip(registers, starts, strict=True):
+                where = _at(builder, _plus(builder, begin, part * PART_BYTES))
                 _call(builder, "llvm.x86.tileloadd64", _VOID, _BYTE(register), where, _LONG(LINE))
 
         def step(index: Any) -> None:
             distance = builder.mul(index, _LONG(STEP_BYTES))
-            left = tuple(builder.add(start, distance) for start in (a, next_a))
-            right = tuple(builder.add(start, distance) for start in (b, next_b))
+            left = tuple(builder.add(begin, distance) for begin in (a, next_a))
+            right = tuple(builder.add(begin, distance) for begin in (b, next_b))
             held: tuple[int, int] | tuple[None, None] = None, None
-            soon = iter(
-                _plus(builder, start, STEP_BYTES + line * LINE)
+            soon = [
+                _plus(builder, begin, STEP_BYTES + line * LINE)
                 for line in range(STEP_BYTES // LINE)
-                for start in (*left, *right)
-            )
-            for pair in _PAIRS:
+                for begin in (*left, *right)
+            ]
+            later = builder.add(ahead, builder.mul(index, _LONG(AHEAD * LINE)))
+            turns = [(pair, target) for pair in _PAIRS for target in sums]
+            for turn, (pair, target) in enumerate(turns):
                 if pair[0] != held[0]:
                     read(rows, left, pair[0])
                 if pair[1] != held[1]:
                     read(columns, right, pair[1])
                 held = pair
-                for target in sums:
-                    registers = target, rows[target // 2], columns[target % 2]
-                    numbers = [_BYTE(register) for register in registers]
-                    _call(builder, "llvm.x86.tdpbf16ps", _VOID, *numbers)
-                    for _ in range(8):
-                        _fetch(builder, next(soon))
+                registers = target, rows[target // 2], columns[target % 2]
+                numbers = [_BYTE(register) for register in registers]
+                _call(builder, "llvm.x86.tdpbf16ps", _VOID, *numbers)
+                for line in _share(len(soon), turn, len(turns)):
+                    _fetch(builder, soon[line])
+                for line in _share(AHEAD, turn, len(turns)):
+                    _fetch(builder, _plus(builder, later, line * LINE), nearest=False)
+
+        def place(begin: Any, right: Any, below: Any, register: int) -> Any:
+            if register // 2:
+                begin = builder.add(begin, below)
+            return _at(builder, builder.add(begin, right) if register % 2 else begin)
 
         for register in sums:
-            _call(builder, "llvm.x86.tilezero", _VOID, _BYTE(register))
+            where = place(start, start_right, start_below, register)
+            _call(builder, "llvm.x86.tileloadd64", _VOID, _BYTE(register), where, start_stride)
         _repeat(builder, steps, step)
         for register in sums:
-            where = _at(builder, _plus(builder, out, register * PART_BYTES))
-            _call(builder, "llvm.x86.tilestored64", _VOID, _BYTE(register), where, _LONG(LINE))
+            where = place(out, out_right, out_below, register)
+            _call(builder, "llvm.x86.tilestored64", _VOID, _BYTE(register), where, out_stride)
 
-    return _written(write, 6)
-
-
-@intrinsic
-def _expect(_typing: Any, out: Any, stride: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-    """Bring 32 lines of 32 floats, which will be written, to the nearest cache meanwhile."""
-
-    def write(builder: Any, out: Any, stride: Any) -> None:
-        def line(index: Any) -> None:
-            at = builder.add(out, builder.mul(index, stride))
-            _fetch(builder, at, written=True)
-            _fetch(builder, _plus(builder, at, LINE), written=True)
-
-        _repeat(builder, _LONG(2 * SIDE), line)
-
-    return _written(write, 2)
+    return _written(write, 14)
 
 
 @intrinsic
 def _move(  # pyright: ignore[reportUnusedFunction]
-    _typing: Any, block: Any, out: Any, stride: Any, n_lines: Any, width: Any, add: Any, bias: Any
+    _typing: Any, source: Any, stride: Any, out: Any, out_stride: Any, n_lines: Any, width: Any
 ) -> Any:
-    """Write the first lines of a block, or add them to what is there.
+    """Copy the first floats of lines.
 
     Args:
-        block: address of 16 lines of 16 floats.
-        out: address of the first line.
+        source: address of the first line.
         stride: from one line to the next.
+        out: address of the first line of the copy.
+        out_stride: from one line of it to the next.
         n_lines: how many, at least one.
-        width: how many floats of each.
-        add: whether to add (1) or to write (0).
-        bias: address of floats that are added to every line, or 0.
+        width: how many floats of each, 16 at most.
     """
 
     def write(
         builder: Any,
-        block: Any,
-        out: Any,
+        source: Any,
         stride: Any,
+        out: Any,
+        out_stride: Any,
         n_lines: Any,
         width: Any,
-        add: Any,
-        bias: Any,
     ) -> None:
         mask = _first(builder, width)
-        none = ir.Constant(_MASK, [0] * SIDE)
-        adds = builder.select(builder.icmp_signed("==", add, _LONG(1)), mask, none)
-        given = builder.select(builder.icmp_signed("!=", bias, _LONG(0)), mask, none)
-        shift = _load(builder, bias, given)
 
         def line(index: Any) -> None:
-            where = builder.add(block, builder.mul(index, _LONG(LINE)))
-            found = builder.load(builder.inttoptr(where, _FLOATS.as_pointer()))
-            found.align = LINE
-            target = builder.add(out, builder.mul(index, stride))
-            before = builder.fadd(_load(builder, target, adds), shift)
-            _store(builder, builder.fadd(found, before), target, mask)
+            found = _load(builder, builder.add(source, builder.mul(index, stride)), mask)
+            _store(builder, found, builder.add(out, builder.mul(index, out_stride)), mask)
 
         _repeat(builder, n_lines, line)
 
-    return _written(write, 7)
+    return _written(write, 6)
 
 
 Writes = Callable[..., None]
 configure, release = cast("Writes", _configure), cast("Writes", _release)
 split, transpose = cast("Writes", _split), cast("Writes", _transpose)
-blocks, move, expect = cast("Writes", _blocks), cast("Writes", _move), cast("Writes", _expect)
+blocks, move = cast("Writes", _blocks), cast("Writes", _move)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
@@ -450,20 +476,96 @@ def pack(task: Longs) -> None:
 
 
 @compiled("void(int64[::1], int64, int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
-def _put(
-    task: Longs, block: int, row: int, last_row: int, column: int, last_column: int, add: int
+def _exchange(
+    task: Longs, block: int, row: int, last_row: int, column: int, last_column: int, put: int
 ) -> None:
-    """Write one block of results."""
+    """Write one block of results (`put` is 1), or read what is there (0)."""
     n_rows, n_columns = min(SIDE, last_row - row), min(SIDE, last_column - column)
     if n_rows <= 0 or n_columns <= 0:
         return
-    out = task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN]
-    if task[OUT_COLUMN] == 4:
-        bias = task[BIAS] + 4 * column if task[BIAS] and not add else 0
-        move(block, out, task[OUT_ROW], n_rows, n_columns, add, bias)
+    out, stride = task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN], task[OUT_ROW]
+    turned = task[OUT_COLUMN] != 4
+    if turned:
+        stride, n_rows, n_columns = task[OUT_COLUMN], n_columns, n_rows
+    if put:
+        if turned:
+            transpose(block, block)
+        move(block, LINE, out, stride, n_rows, n_columns)
     else:
-        transpose(block, block)
-        move(block, out, task[OUT_COLUMN], n_columns, n_rows, add, 0)
+        move(out, stride, block, LINE, n_rows, n_columns)
+        if turned:
+            transpose(block, block)
+
+
+@compiled(
+    "void(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)",
+    fastmath=set(),
+    inline=True,
+)
+def _square(
+    task: Longs,
+    a: int,
+    b: int,
+    steps: int,
+    row: int,
+    last_row: int,
+    column: int,
+    last_column: int,
+    chunk: int,
+    own: int,
+    ahead: int,
+) -> None:
+    """Compute AT_ONCE rows and columns of results over a chunk of entries.
+
+    Args:
+        task: the task.
+        a: address of the parts of the rows, two blocks after each other.
+        b: of the columns.
+        steps: of the chunk.
+        row: the first row.
+        last_row: where rows end.
+        column: the first column.
+        last_column: where columns end.
+        chunk: the first entry of the chunk; sums go on from the result, if it is not 0.
+        own: address of the thread's own memory: a line of zeros, two for a bias, four blocks.
+        ahead: address of what is wanted next.
+    """
+    other = steps * STEP_BYTES
+    out, stride = task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN], task[OUT_ROW]
+    whole = row + AT_ONCE <= last_row and column + AT_ONCE <= last_column
+    given, block = own + LINE, own + 3 * LINE
+    start, start_stride, right, below = own, 0, 0, 0
+    if chunk == 0 and task[BIAS]:
+        start, right = task[BIAS] + 4 * column, LINE
+        if not whole:
+            n = min(AT_ONCE, last_column - column)
+            move(start, 0, given, 0, 1, min(n, SIDE))
+            move(start + LINE, 0, given + LINE, 0, 1, max(n - SIDE, 0))
+            start = given
+    if whole and task[OUT_COLUMN] == 4:
+        if chunk:
+            start, start_stride, right, below = out, stride, LINE, SIDE * stride
+        blocks(
+            a, a + other, b, b + other, steps, start, start_stride, right, below,
+            out, stride, LINE, SIDE * stride, ahead,
+        )  # fmt: skip
+        return
+    if chunk:
+        start, start_stride, right, below = block, LINE, PART_BYTES, 2 * PART_BYTES
+        for which in range(4):
+            _exchange(
+                task, block + which * PART_BYTES, row + which // 2 * SIDE, last_row,
+                column + which % 2 * SIDE, last_column, 0,
+            )  # fmt: skip
+    blocks(
+        a, a + other, b, b + other, steps, start, start_stride, right, below,
+        block, LINE, PART_BYTES, 2 * PART_BYTES, ahead,
+    )  # fmt: skip
+    for which in range(4):
+        _exchange(
+            task, block + which * PART_BYTES, row + which // 2 * SIDE, last_row,
+            column + which % 2 * SIDE, last_column, 1,
+        )  # fmt: skip
 
 
 @compiled("void(int64[::1])", fastmath=set())
@@ -481,13 +583,13 @@ def multiply(task: Longs) -> None:
         )  # fmt: skip
     memory = np.empty(
         size * min(CHUNK // DEPTH, _steps(n_entries)) * (STEP_BYTES // SIDE)
-        + 2 * LINE
+        + 5 * LINE
         + 4 * PART_BYTES,
         np.uint8,
     )
     layout = memory.ctypes.data + -memory.ctypes.data % LINE
-    block, panel = layout + LINE, layout + LINE + 4 * PART_BYTES
-    memory[: 2 * LINE] = 0
+    own, panel = layout + LINE, layout + 4 * LINE + 4 * PART_BYTES
+    memory[: 5 * LINE] = 0
     for register in range(8):
         memory[layout - memory.ctypes.data + 16 + 2 * register] = LINE
         memory[layout - memory.ctypes.data + 48 + register] = SIDE
@@ -514,18 +616,15 @@ def multiply(task: Longs) -> None:
             tile_bytes = steps * STEP_BYTES
             for tile in range(0, n_tiles, 2):
                 other = task[PACKED] + STEP_BYTES * n_tiles * (chunk // DEPTH) + tile * tile_bytes
+                ahead = other + 2 * tile_bytes
                 for mine in range(first, last, AT_ONCE):
                     row, column = (mine, tile * SIDE) if by_rows else (tile * SIDE, mine)
-                    stride = task[OUT_ROW] if task[OUT_COLUMN] == 4 else task[OUT_COLUMN]
-                    expect(task[OUT] + row * task[OUT_ROW] + column * task[OUT_COLUMN], stride)
-                    own = panel + (mine - first) // SIDE * tile_bytes
-                    a, b = (own, other) if by_rows else (other, own)
-                    blocks(a, a + tile_bytes, b, b + tile_bytes, steps, block)
-                    for which in range(4):
-                        _put(
-                            task, block + which * PART_BYTES, row + which // 2 * SIDE, last_row,
-                            column + which % 2 * SIDE, last_column, 1 if chunk else 0,
-                        )  # fmt: skip
+                    here = panel + (mine - first) // SIDE * tile_bytes
+                    a, b = (here, other) if by_rows else (other, here)
+                    _square(
+                        task, a, b, steps, row, last_row, column, last_column, chunk, own, ahead
+                    )
+                    ahead += AHEAD * LINE * steps
     release()
     memory[0] = 0  # until here numba must not free what is used by its address
 

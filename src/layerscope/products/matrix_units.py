@@ -31,9 +31,10 @@ def bound(d: int) -> float:
     """Return the largest error of a product over d entries, relative to its absolute sum.
 
     Every entry is rounded into its sum six times, in some order (N. J. Higham, Accuracy and
-    Stability of Numerical Algorithms, 2002, section 3.1); what is left out comes on top.
+    Stability of Numerical Algorithms, 2002, section 3.1); what is left out comes on top. A bias is
+    where sums start; it counts as a part of the absolute sum.
     """
-    unit, roundings = 2.0**-24, 6 * (-(-d // amx.DEPTH) * amx.DEPTH) + d // amx.CHUNK
+    unit, roundings = 2.0**-24, 6 * (-(-d // amx.DEPTH) * amx.DEPTH)
     return roundings * unit / (1 - roundings * unit) + 2.0**-20
 
 
@@ -74,7 +75,7 @@ class Columns(_Packed):
         bias: Float[Tensor, " n"] | None = None,
         threads: int = 1,
     ) -> None:
-        """Write ``a @ b``, and add a bias; one of the strides of `a`, and of `out`, is 1.
+        """Write ``a @ b``, on top of a bias; one of the strides of `a`, and of `out`, is 1.
 
         A bias goes only with an `out` whose rows lie side by side.
         """
