@@ -88,6 +88,10 @@ def test_threads_and_other_rows_change_no_bit() -> None:
     turned = torch.empty(130, 500)
     columns.multiply(a, turned.T)
     assert torch.equal(one, turned.T)
+    bias = torch.randn(130)
+    columns.multiply(a, one, bias=bias)
+    columns.multiply(a[100:137], few, bias=bias)
+    assert torch.equal(one[100:137], few)
 
 
 @pytest.mark.parametrize(("m", "n"), [(300, 200), (200, 300)])
@@ -147,8 +151,8 @@ def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(replacing.matrix_units, "product", counted)
     generator = torch.Generator().manual_seed(0)
-    layer = torch.nn.Linear(96, 512)
-    x = torch.randn(2, 200, 96, generator=generator, requires_grad=True)
+    layer = torch.nn.Linear(192, 1024)
+    x = torch.randn(2, 200, 192, generator=generator, requires_grad=True)
     plain = layer(x)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
     with replacing.matrix_unit_products():
@@ -157,7 +161,7 @@ def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) 
         with torch.inference_mode():
             inferred = layer(x)
         small = layer(x[0, :3])
-    assert ran == [(400, 96, 512), (400, 512, 96), (400, 96, 512)]
+    assert ran == [(400, 192, 1024), (400, 1024, 192), (400, 192, 1024)]
     torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(inferred, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -167,8 +171,8 @@ def test_torch_in_a_scope_forward_and_backward(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_batch_of_cotangents_is_pulled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = torch.nn.Linear(96, 100), torch.randn(64, 96, requires_grad=True)
-    cotangents = torch.randn(5, 64, 100)
+    layer, x = torch.nn.Linear(256, 1024), torch.randn(64, 256, requires_grad=True)
+    cotangents = torch.randn(5, 64, 1024)
     made = layer(x)
     (expected,) = torch.autograd.grad(made, x, cotangents, is_grads_batched=True, retain_graph=True)
     ran: list[int] = []
@@ -185,7 +189,7 @@ def test_a_batch_of_cotangents_is_pulled_back(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_scopes_nest_and_end_with_exceptions() -> None:
-    a = torch.randn(200, 200)
+    a = torch.randn(420, 420)
     plain = a @ a
     with pytest.raises(ZeroDivisionError), replacing.matrix_unit_products():
         with replacing.matrix_unit_products():

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from layerscope.products import matrix_units
 
-# Below so many rows and columns the parts of a factor, once made, are too little used.
-_LEAST, _LEAST_TURNED = 96, 192  # the second where the larger factor is turned
-_LEAST_DEPTH = 64
+# Below so many rows and columns the parts of a factor, once made, are too little used; and below
+# so many products of numbers the calls themselves take too long.
+_LEAST, _LEAST_TURNED = 64, 96  # the second where the larger factor is turned
+_LEAST_DEPTH, _LEAST_WORK = 128, 2**26
 
 _lock = threading.Lock()
 _open: list[torch.library.Library] = []  # one entry for each open scope, all the same
@@ -53,7 +54,7 @@ def _suits(a: Tensor, b: Tensor) -> bool:
     large = a if n_rows > n_columns else b.T
     least = _LEAST if large.stride(1) == 1 else _LEAST_TURNED
     enough = min(n_rows, n_columns) >= least and depth >= _LEAST_DEPTH
-    return enough and depth == len(b)
+    return enough and n_rows * n_columns * depth >= _LEAST_WORK and depth == len(b)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -200,12 +200,13 @@ def _strongest(
     values: Float[Tensor, " entry"],
     at: Sequence[int],
     options: DiscoverOptions,
-) -> Iterator[tuple[Float[Tensor, "edge 6"], float]]:
+) -> Iterator[tuple[Float[Tensor, "edge 7"], float]]:
     """Weigh the active features of a layer for every target.
 
     Returns:
         Of each target: what can be among its strongest edges, ties included, with the columns
-        score, layer, id, position, J, attribution; and the sum of all absolute attributions.
+        score, layer, id, position, J, attribution, entry of the layer; and the sum of all
+        absolute attributions.
     """
     ends = torch.tensor(at)[:, None]
     sources = layer.positions == ends if options.positions == "last" else layer.positions <= ends
@@ -228,6 +229,7 @@ def _strongest(
         layer.positions[entry].double(),
         gradients[target, entry],
         attributions[target, entry],
+        entry.double(),
     )
     counts = allowed.sum(dim=1).tolist()
     return zip(torch.stack(columns, dim=1).split(counts), totals.tolist(), strict=True)
@@ -238,9 +240,9 @@ class _Best:
 
     def __init__(self) -> None:
         self._total = 0.0
-        self._offered: list[Float[Tensor, "edge 6"]] = []
+        self._offered: list[Float[Tensor, "edge 7"]] = []
 
-    def offer(self, edges: Float[Tensor, "edge 6"], total: float) -> None:
+    def offer(self, edges: Float[Tensor, "edge 7"], total: float) -> None:
         """Take what one layer has, see `_strongest`."""
         self._offered.append(edges)
         self._total += total
@@ -256,12 +258,11 @@ class _Best:
         """Return rows of the edge table, strongest first."""
         found: list[tuple[object, ...]] = []
         feature, at = target.target.feature, target.target.position
-        for _, layer, source, position, slope, attribution in self._kept(options.top_k):
+        for _, layer, source, position, slope, attribution, entry in self._kept(options.top_k):
             share = abs(attribution) / self._total if self._total else 0.0
             if share < options.min_share:
                 continue
-            here = state.layers[int(layer)]
-            entry = _entry(here, int(position), int(source))
+            value = state.layers[int(layer)].values[int(entry)]
             found.append(
                 (
                     state.prompt_id,
@@ -270,7 +271,7 @@ class _Best:
                     int(source),
                     int(position),
                     state.tokens[int(position)],
-                    float(here.values[entry]),
+                    float(value),
                     feature.layer,
                     feature.feature_id,
                     at,
@@ -291,11 +292,6 @@ class _Best:
 
 def _order(edge: list[float]) -> tuple[float, ...]:
     return -edge[0], *edge[1:4]
-
-
-def _entry(layer: ActiveFeatures, position: int, feature: int) -> int:
-    part = layer.at(position)
-    return part.start + int((layer.ids[part] == feature).nonzero()[0])
 
 
 def _baseline(layer: ActiveFeatures, baseline: PromptState | None) -> Float[Tensor, " entry"]:
