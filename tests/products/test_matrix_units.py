@@ -16,6 +16,7 @@ if not has_matrix_units():
 
 from layerscope.products import choice, matrix_units, replacing
 from layerscope.products.matrix_units import Columns, Rows, bound, product
+from layerscope.products.weights import weights_kept
 
 SHAPES = [
     *((1, 1, 1), (5, 7, 3), (16, 32, 16), (17, 33, 19), (32, 64, 32), (33, 65, 31)),
@@ -198,6 +199,17 @@ def test_scopes_nest_and_end_with_exceptions() -> None:
         raise ZeroDivisionError
     assert torch.equal(a @ a, plain)
     assert not torch.equal(inner, plain)
+
+
+def test_weights_that_are_kept_change_no_bit() -> None:
+    layer, x = torch.nn.Linear(800, 300), torch.randn(400, 800)
+    with torch.no_grad(), replacing.matrix_unit_products():
+        expected = layer(x)
+        with weights_kept():
+            assert torch.equal(layer(x), expected)
+            assert torch.equal(layer(x), expected)
+            layer.weight.mul_(2.0)
+            torch.testing.assert_close(layer(x) - layer.bias, 2 * (expected - layer.bias))
 
 
 def test_what_does_not_suit_is_left_to_torch() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.products import amx, openmp
+from layerscope.products.weights import keeps, kept
 
 _WRITE, _READ = 1.0, 0.5  # of a number, in about the same unit of time
 _PARTS_BYTES = 24 << 20  # of the parts of a factor that are held at a time
@@ -171,13 +173,14 @@ def product(
     threads = torch.get_num_threads()
     at_once = _PARTS_BYTES // (6 * a.shape[1]) // amx.AT_ONCE * amx.AT_ONCE
     at_once = max(amx.AT_ONCE, at_once)
-    if _work(a, b.shape[1], threads) < _work(b, len(a), threads):
+    if not keeps() and _work(a, b.shape[1], threads) < _work(b, len(a), threads):
         for some, into in zip(a.split(at_once), out.split(at_once), strict=True):
             Rows.of(some, threads=threads).multiply(b, into, bias=bias, threads=threads)
         return out
     for first in range(0, b.shape[1], at_once):
         some = slice(first, first + at_once)
-        Columns.of(b[:, some], threads=threads).multiply(
+        columns = kept(b, first, partial(Columns.of, b[:, some], threads=threads))
+        columns.multiply(
             a, out[:, some], bias=None if bias is None else bias[some], threads=threads
         )
     return out

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import layerscope
 from layerscope.errors import EditError, LayerscopeError, SiteError
 from layerscope.interventions.patching import Cell, Patch, record, run_cells, site_of
-from layerscope.interventions.patching.tiles import shape_of
+from layerscope.interventions.patching.cells import Step
+from layerscope.interventions.patching.tiles import Shape, evenly, loads_of, packed_tokens, shape_of
 from layerscope.models import Apply, Site
 from support.loaded import hf, loaded, state_of
 from support.tiny_models import tiny, tiny_tokenizer
@@ -141,9 +144,37 @@ def test_a_batch_on_a_cpu_holds_no_tensor_that_is_mapped_afresh(family):
     width = max(model.d_model, model.backend.trailing(Site("mlp.post", 0), 1)[-1])
     tokens = shape_of(model, 9, 2**50).most_tokens
     # glibc maps tensors of 32 MiB and more for one use only.
+    held = shape_of(model, 9, 2**50).most_held * model.d_model * model.dtype.itemsize
+    assert 0.9 * 30 * 2**20 < held < 32 * 2**20
     assert 0.9 * 30 * 2**20 < tokens * width * model.dtype.itemsize < 32 * 2**20
     assert shape_of(model, 9, 2**20).most_tokens < tokens
     assert shape_of(model, 2 * tokens, 2**50).most_tokens == 2 * tokens  # one cell always fits
+
+
+def test_parts_are_few_and_even():
+    widths = [9, 4, 4, 4, 2, 2, 2, 2, 1]
+    parts = evenly(widths, 12)
+    assert [sum(widths[part]) for part in parts] == [9, 12, 9]
+    assert [sum(widths[part]) for part in evenly(widths, 17)] == [17, 13]
+    assert evenly(widths, 1) == [slice(at, at + 1) for at in range(9)]
+    assert evenly([], 5) == []
+    assert evenly(widths, 100) == [slice(0, 9)]
+
+
+def test_a_block_is_run_in_as_few_passes_as_hold_all_cells():
+    shape = Shape(n_layers=3, n_columns=4, overhead=0.0, most_tokens=7, most_held=100)
+    steps = [
+        Step(at, 0, (), entry=entry, first=entry, column=column, last=column)
+        for at, (entry, column) in enumerate((e, c) for e in range(3) for c in range(4))
+    ]
+    (load,) = loads_of(steps, shape)
+    assert sorted(step.index for step in load) == list(range(12))
+    passes = packed_tokens(load, shape)
+    assert all(tokens <= 7 for _, tokens in passes)
+    assert sum(blocks * tokens for blocks, tokens in passes) == 10 + 20 + 30
+    assert len(passes) == 2 + 4 + 6  # rows of 4, 3, 2, 1 tokens are not cut
+    several = loads_of(steps, replace(shape, most_held=10))
+    assert [sum(4 - step.column for step in one) for one in several] == [8, 7, 8, 7]
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))

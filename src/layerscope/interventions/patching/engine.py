@@ -65,7 +65,8 @@ def climbs_of(
 ) -> Iterator[Climb | PackedClimb]:
     """Yield batches of steps: packed rows where the model takes them, else tiles of one width."""
     packed, others = split(recording, steps)
-    yield from (PackedClimb(recording, load) for load in loads_of(packed, shape))
+    for load in loads_of(packed, shape):
+        yield PackedClimb(recording, load, most_tokens=shape.most_tokens)
     yield from (Climb(recording, tile) for tile in tiles_of(others, shape))
 
 

@@ -15,9 +15,10 @@ from layerscope.errors import CapabilityError
 from layerscope.interventions.patching.cells import Patch, Step
 from layerscope.interventions.patching.climbs import edit_of, write_patches
 from layerscope.interventions.patching.recording import Recording
-from layerscope.interventions.patching.tiles import joins_of
+from layerscope.interventions.patching.tiles import evenly, joins_of
 from layerscope.models import Capture, LanguageModel, Site, Start, TokenBatch
 from layerscope.models.run import Packed, Piece
+from layerscope.products.weights import weights_kept
 
 
 def packable(model: LanguageModel, n_columns: int) -> bool:
@@ -65,11 +66,15 @@ def _try(model: LanguageModel, n_columns: int) -> bool:
 
 
 class PackedClimb:
-    """Steps of any positions on their way up the blocks."""
+    """Steps of any positions on their way up the blocks.
 
-    def __init__(self, recording: Recording, steps: Sequence[Step]) -> None:
+    Every block is run for all of them, as many in a pass as may be, before the next one is.
+    """
+
+    def __init__(self, recording: Recording, steps: Sequence[Step], *, most_tokens: int) -> None:
         self.recording = recording
         self.steps = list(steps)
+        self.most_tokens = most_tokens
         self.n_layers = recording.model.n_layers
         # The steps that have joined, by their first position, in the order of their rows.
         self.order: list[Step] = []
@@ -167,7 +172,35 @@ class PackedClimb:
         layer: int,
         stop: int,
     ) -> Tensor:
-        """Return the residual after block ``stop - 1``, or what is unembedded at each row's end."""
+        """Return the residual after block ``stop - 1``, or what is unembedded at each row's end.
+
+        The first takes the place of the residual before, where that needs several passes.
+        """
+        parts = evenly(widths, self.most_tokens)
+        if len(parts) == 1:
+            return self._part(residual, steps, widths, layer, stop)
+        ends: list[Tensor] = []
+        done = 0
+        with weights_kept():
+            for part in parts:
+                tokens = slice(done, done + sum(widths[part]))
+                found = self._part(residual[tokens], steps[part], widths[part], layer, stop)
+                if stop == self.n_layers:
+                    ends.append(found)
+                else:
+                    residual[tokens] = found
+                done = tokens.stop
+        return torch.cat(ends) if ends else residual
+
+    def _part(
+        self,
+        residual: Float[Tensor, "token d_model"],
+        steps: Sequence[Step],
+        widths: Sequence[int],
+        layer: int,
+        stop: int,
+    ) -> Tensor:
+        """Do what `_pass` does, for as many steps as one pass may hold."""
         recording = self.recording
         begins = _begins(widths)
         by_site: dict[Site, list[tuple[int, Patch]]] = defaultdict(list)

@@ -16,6 +16,7 @@ from layerscope.interventions.patching.pairs import TokenPair, batch_of
 from layerscope.interventions.patching.sweeps import Node
 from layerscope.interventions.patching.tiles import (
     DEFAULT_BUDGET,
+    bytes_held,
     bytes_per_token,
     loads_of,
     packed_tokens,
@@ -150,8 +151,11 @@ def cost_of_cells(
     ]
     steps = [step for step in found if step is not None]
     several = columns and len({step.column for step in steps}) > 1
+    held = 0
     if several and packable(model, n_columns):
-        passes = [one for load in loads_of(steps, shape) for one in packed_tokens(load, shape)]
+        loads = loads_of(steps, shape)
+        passes = [one for load in loads for one in packed_tokens(load, shape)]
+        held = max(sum(n_columns - step.column for step in load) for load in loads)
     else:
         passes = [
             one
@@ -170,7 +174,7 @@ def cost_of_cells(
         naive_block_tokens=len(cells) * model.n_layers * n_columns,
         recorded_tokens=recorded,
         read_tokens=len(steps) * model.d_vocab // (12 * model.d_model) if whole else 0,
-        bytes=largest * bytes_per_token(model, n_columns) + kept,
+        bytes=largest * bytes_per_token(model, n_columns) + held * bytes_held(model) + kept,
     )
 
 

@@ -54,12 +54,14 @@ class Shape:
     Attributes:
         overhead: cost of one pass over one block beside its tokens, in tokens.
         most_tokens: tokens that one pass may hold.
+        most_held: tokens of packed rows that may climb together, some in each pass.
     """
 
     n_layers: int
     n_columns: int
     overhead: float
     most_tokens: int
+    most_held: int
 
 
 def shape_of(model: LanguageModel, n_columns: int, budget: int) -> Shape:
@@ -70,11 +72,14 @@ def shape_of(model: LanguageModel, n_columns: int, budget: int) -> Shape:
     flops = 24.0 * model.d_model**2
     overhead = _WEIGHTS_IN_TOKENS
     overhead += _CALL_FLOPS.get(model.device.type, _CALL_FLOPS_ELSEWHERE) / flops
-    most = budget // bytes_per_token(model, n_columns)
+    most = held = budget // bytes_per_token(model, n_columns)
     if model.device.type == "cpu":
-        warm = _LARGEST_TENSOR // (model.dtype.itemsize * _widest(model))
-        most = min(most, max(warm, _FEWEST_TOKENS))
-    return Shape(model.n_layers, n_columns, overhead, max(most, n_columns))
+        warm = _LARGEST_TENSOR // model.dtype.itemsize
+        most = min(most, max(warm // _widest(model), _FEWEST_TOKENS))
+        left = budget - most * bytes_per_token(model, n_columns)
+        held = min(left // bytes_held(model), warm // model.d_model)
+    most = max(most, n_columns)
+    return Shape(model.n_layers, n_columns, overhead, most, max(held, most))
 
 
 def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
@@ -87,6 +92,11 @@ def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
     width = model.dtype.itemsize
     inner = 3 * _widest(model)
     return width * (6 * info.d_model + inner) + width * 2 * info.n_heads * n_columns
+
+
+def bytes_held(model: LanguageModel) -> int:
+    """Return how many bytes a token of packed rows holds between passes: its residual, twice."""
+    return 2 * model.dtype.itemsize * model.d_model
 
 
 def _widest(model: LanguageModel) -> int:
@@ -130,20 +140,36 @@ def tiles_of(steps: Sequence[Step], shape: Shape) -> list[Tile]:
 
 
 def loads_of(steps: Sequence[Step], shape: Shape) -> list[list[Step]]:
-    """Cut steps into batches of packed rows that fit the budget, neighbours together."""
+    """Cut steps into the packed rows that climb together, neighbours together."""
     ordered = sorted(steps, key=lambda step: (step.column, step.entry, step.first, step.index))
-    total = sum(shape.n_columns - step.column for step in ordered)
-    most = total / max(-(-total // shape.most_tokens), 1)
-    loads: list[list[Step]] = []
+    widths = [shape.n_columns - step.column for step in ordered]
+    return [ordered[part] for part in evenly(widths, shape.most_held)]
+
+
+def evenly(widths: Sequence[int], most: int) -> list[slice]:
+    """Cut a list into as few parts as hold `most` each (or one entry), none larger than need be."""
+    parts = _greedily(widths, most)
+    low, high = -(-sum(widths) // max(len(parts), 1)), most
+    while low < high:
+        middle = (low + high) // 2
+        tighter = _greedily(widths, middle)
+        if len(tighter) > len(parts):
+            low = middle + 1
+        else:
+            parts, high = tighter, middle
+    return parts
+
+
+def _greedily(widths: Sequence[int], most: int) -> list[slice]:
+    parts: list[slice] = []
     held = most
-    for step in ordered:
-        width = shape.n_columns - step.column
-        if held + width > most and held > 0:
-            loads.append([])
+    for at, width in enumerate(widths):
+        if held + width > most:
+            parts.append(slice(at, at))
             held = 0
-        loads[-1].append(step)
+        parts[-1] = slice(parts[-1].start, at + 1)
         held += width
-    return loads
+    return parts
 
 
 def packed_tokens(load: Sequence[Step], shape: Shape) -> list[tuple[int, int]]:
@@ -151,16 +177,16 @@ def packed_tokens(load: Sequence[Step], shape: Shape) -> list[tuple[int, int]]:
     passes: list[tuple[int, int]] = []
     joins = joins_of(load)
     layers = sorted(joins)
-    tokens = 0
+    climbing: list[int] = []
     for place, layer in enumerate(layers):
-        above = [step for step in joins[layer] if step.entry > layer]
-        if above:
-            passes.append((1, sum(step.last - step.column + 1 for step in above)))
-        own = [step for step in joins[layer] if step.entry == layer]
-        tokens += sum(shape.n_columns - step.column for step in own)
+        joining = sorted(joins[layer], key=lambda step: step.column)
+        opening = [step.last - step.column + 1 for step in joining if step.entry > layer]
+        climbing += [shape.n_columns - step.column for step in joining if step.entry == layer]
+        climbing.sort(reverse=True)  # the first position comes first
         stop = layers[place + 1] if place + 1 < len(layers) else shape.n_layers
-        if tokens:
-            passes.append((stop - layer, tokens))
+        for blocks, widths in ((1, opening), (stop - layer, climbing)):
+            parts = evenly(widths, shape.most_tokens)
+            passes += [(blocks, sum(widths[part])) for part in parts]
     return passes
 
 
