@@ -1,9 +1,10 @@
-"""What stands between the products of an MLP, in one pass over its numbers.
+"""What stands between the products of a block, in one pass over its numbers.
 
-A gate is two operations of torch, each of which reads and writes everything anew; over the tokens
-of many rows they take as long as a product. Here every number is read once. Everything is float32,
-within a few roundings of the same formula in float64; minus infinity stays what it is. Importing
-this module compiles its loops, or loads them from numba's cache.
+A gate is two operations of torch, a norm four, a rotary embedding five, each of which reads and
+writes everything anew; over the tokens of many rows they take as long as a product. Here every
+number is read once. Everything is float32, within a few roundings of the same formula in float64;
+minus infinity stays what it is in a gate. Importing this module compiles its loops, or loads them
+from numba's cache.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _CUBE = np.float32(0.044715)  # D. Hendrycks and K. Gimpel, 2016: GELU by a hype
 _TWICE = np.float32(2.0 * (2.0 / np.pi) ** 0.5)
 
 _AT_ONCE = 1 << 14  # numbers that a thread takes at a time
-X, Y, OUT, N, KIND, NEXT, FIELDS = range(7)  # of a task
-_GELU, _GELU_GATE, _SILU_GATE = range(3)
+X, Y, Z, OUT, N, WIDTH, HEADS, KIND, NEXT, FIELDS = range(10)  # of a task
+_GELU, _GELU_GATE, _SILU_GATE, _RMS_NORM, _ROTATE = range(5)
 
 
 @intrinsic
@@ -62,15 +63,61 @@ def _gelu(x: np.float32) -> np.float32:
     return x * _sigmoid(_TWICE * _LOG2_E * (x + _CUBE * x * x * x))
 
 
+@compiled(fastmath={"contract", "reassoc"}, inline=True)
+def _mean_square(x: Any, width: int) -> np.float32:
+    found = np.float32(0.0)
+    for i in range(width):
+        found += x[i] * x[i]
+    return found / np.float32(width)
+
+
+@compiled(fastmath=set(), inline=True)
+def _rms_norm(task: Longs, first: int, size: int) -> None:
+    """Divide rows by the root of their mean square, and multiply with a gain."""
+    width = task[WIDTH]
+    gain = as_array(pointer(task[Y]), (width,))
+    epsilon = as_array(pointer(task[Z]), (1,))[0]
+    for row in range(first // width, (first + size) // width):
+        x = as_array(pointer(task[X] + 4 * row * width), (width,))
+        out = as_array(pointer(task[OUT] + 4 * row * width), (width,))
+        scale = _ONE / np.sqrt(_mean_square(x, width) + epsilon)
+        for i in range(width):
+            out[i] = gain[i] * (x[i] * scale)
+
+
+@compiled(fastmath=set(), inline=True)
+def _rotate(task: Longs, first: int, size: int) -> None:
+    """Turn pairs of entries, i and i + width / 2, of every head of every token."""
+    width, heads = task[WIDTH], task[HEADS]
+    half = width // 2
+    for row in range(first // width, (first + size) // width):
+        token = 4 * (row // heads) * width
+        cos = as_array(pointer(task[Y] + token), (width,))
+        sin = as_array(pointer(task[Z] + token), (width,))
+        x = as_array(pointer(task[X] + 4 * row * width), (width,))
+        out = as_array(pointer(task[OUT] + 4 * row * width), (width,))
+        for i in range(half):
+            low, high = x[i], x[i + half]
+            out[i] = low * cos[i] + -high * sin[i]
+            out[i + half] = high * cos[i + half] + low * sin[i + half]
+
+
 @compiled("void(int64[::1])", fastmath={"contract"})
 def apply(task: Longs) -> None:
-    """Take some numbers at a time until none is left."""
+    """Take some numbers, in whole rows where there are rows, at a time until none is left."""
     n, kind, counter = task[N], task[KIND], task.ctypes.data + 8 * NEXT
+    at_once = max(_AT_ONCE // task[WIDTH], 1) * task[WIDTH]
     while True:
-        first = take(counter) * _AT_ONCE
+        first = take(counter) * at_once
         if first >= n:
             break
-        size = min(_AT_ONCE, n - first)
+        size = min(at_once, n - first)
+        if kind == _RMS_NORM:
+            _rms_norm(task, first, size)
+            continue
+        if kind == _ROTATE:
+            _rotate(task, first, size)
+            continue
         x = as_array(pointer(task[X] + 4 * first), (size,))
         y = as_array(pointer(task[Y] + 4 * first), (size,))
         out = as_array(pointer(task[OUT] + 4 * first), (size,))
@@ -118,11 +165,35 @@ def silu_gate(
     return _run(_SILU_GATE, gate, up)
 
 
-def _run(kind: int, x: Tensor, y: Tensor) -> Tensor:
+def rms_norm(
+    x: Float[Tensor, "... width"], gain: Float[Tensor, " width"], epsilon: float
+) -> Float[Tensor, "... width"]:
+    """Return ``gain * x / sqrt(mean(x ** 2) + epsilon)``."""
+    constant = torch.tensor([epsilon], dtype=torch.float32)
+    return _run(_RMS_NORM, x, gain, constant, width=x.shape[-1])
+
+
+def rotate(
+    x: Float[Tensor, "token head width"],
+    cos: Float[Tensor, "token width"],
+    sin: Float[Tensor, "token width"],
+) -> Float[Tensor, "token head width"]:
+    """Return rotary embeddings (J. Su et al., 2021), entry i paired with i + width / 2.
+
+    Bit for bit what torch's ``x * cos + rotate_half(x) * sin`` is.
+    """
+    return _run(_ROTATE, x, cos, sin, width=x.shape[-1], heads=x.shape[1])
+
+
+def _run(
+    kind: int, x: Tensor, y: Tensor, z: Tensor | None = None, *, width: int = 1, heads: int = 1
+) -> Tensor:
     out = torch.empty_like(x)
     task = np.zeros(FIELDS, np.int64)
     task[[X, Y, OUT]] = x.data_ptr(), y.data_ptr(), out.data_ptr()
-    task[[N, KIND]] = x.numel(), kind
+    task[[N, KIND, WIDTH, HEADS]] = x.numel(), kind, width, heads
+    if z is not None:
+        task[Z] = z.data_ptr()
     threads = torch.get_num_threads()
     if threads == 1 or x.numel() <= _AT_ONCE:
         apply(task)

@@ -12,12 +12,9 @@ loaded with, and its output is exchanged only where an edit changed a pattern.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from layerscope.errors import CapabilityError
 from layerscope.models.backends.huggingface.hooks import Carrier, Recorder
 from layerscope.models.backends.huggingface.packing import packed_attention
+from layerscope.models.backends.huggingface.taps import Taps, names_of
 from layerscope.models.backends.recording import current_run
 from layerscope.models.identities import relative_error
 
@@ -54,47 +52,7 @@ class KernelShape:
 
 def has_kernel(attention: nn.Module) -> bool:
     """Return True when the attention module takes its kernel from transformers' registry."""
-    return _REGISTRY in _names_of(attention)
-
-
-class KernelTaps:
-    """Puts taps before the attention kernels of one model while runs need them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users: dict[int, tuple[dict[str, Any], Any, int]] = {}
-
-    @contextmanager
-    def installed(self, attentions: Iterable[nn.Module]) -> Generator[None]:
-        """Let the kernels of these attention modules ask the current run; restored after."""
-        spaces = list({id(names): names for names in map(_names_of, attentions)}.values())
-        try:
-            for names in spaces:
-                self._enter(names)
-            yield
-        finally:
-            for names in spaces:
-                self._leave(names)
-
-    def _enter(self, names: dict[str, Any]) -> None:
-        with self._lock:
-            _, real, users = self._users.get(id(names), (names, names[_REGISTRY], 0))
-            self._users[id(names)] = (names, real, users + 1)
-            if users == 0:
-                names[_REGISTRY] = _TappedRegistry(real)
-
-    def _leave(self, names: dict[str, Any]) -> None:
-        with self._lock:
-            _, real, users = self._users[id(names)]
-            if users == 1:
-                names[_REGISTRY] = real
-                del self._users[id(names)]
-            else:
-                self._users[id(names)] = (names, real, users - 1)
-
-
-TAPS = KernelTaps()
-"""One for all models: a family shares the modelling module whose name is exchanged."""
+    return _REGISTRY in names_of(attention)
 
 
 class Probe:
@@ -143,6 +101,10 @@ class _TappedRegistry:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
+
+
+TAPS = Taps(_REGISTRY, _TappedRegistry)
+"""One for all models: a family shares the modelling module whose name is exchanged."""
 
 
 def _tapped(
@@ -331,8 +293,3 @@ def _warn_unless_distribution(softmax: Tensor, edited: Tensor, sinks: bool) -> N
 def _for_queries(heads: Tensor, n_heads: int) -> Float[Tensor, "batch head key d"]:
     """Return keys or values once per query head: head h reads group h * n_kv_heads // n_heads."""
     return heads.repeat_interleave(n_heads // heads.shape[1], dim=1)
-
-
-def _names_of(attention: nn.Module) -> dict[str, Any]:
-    """Return the global names that an attention module's forward sees."""
-    return getattr(inspect.unwrap(type(attention).forward), "__globals__", {})

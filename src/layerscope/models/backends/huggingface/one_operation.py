@@ -1,13 +1,14 @@
-"""MLPs in fewer operations than transformers writes them in, for passes over many rows on a CPU.
+"""Blocks in fewer operations than transformers writes them in, for packed rows on a CPU.
 
 The same formulas, to rounding. Modules keep their hooks: whoever looks at the projections of an MLP
-sees what is always there, and an MLP whose activation is looked at is left as it is.
+sees what is always there, and an MLP whose activation is looked at is left as it is. What a
+family's modelling module writes is known by its instructions: those of Llama's.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -20,24 +21,35 @@ from transformers.activations import (
     NewGELUActivation,
     SiLUActivation,
 )
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    rotate_half,
+)
 
+from layerscope.models.backends.huggingface.hooks import Recorder
 from layerscope.models.backends.huggingface.structure import Block, Structure
+from layerscope.models.backends.huggingface.taps import Taps, names_of
 from layerscope.models.backends.recording import current_run
 
 _TANH_GELU = (NewGELUActivation, FastGELUActivation, GELUTanh)
 _SILU = (nn.SiLU, SiLUActivation)
-_GATED = LlamaMLP.forward.__code__
+_ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
 
 
 @contextmanager
-def in_one_operation(run: object, structure: Structure) -> Generator[None]:
-    """Let GELU in its tanh form be one operation, and a gate one with what it is multiplied with.
+def in_one_operation(run: Recorder, structure: Structure) -> Generator[None]:
+    """Let norms, rotary embeddings and gates be one operation each, and GELU in its tanh form.
 
-    What the widest tensors of a block cost is reading and writing them, once for each operation.
+    What large tensors cost is reading and writing them, once for each operation.
     """
     with ExitStack() as stack:
+        attentions = [block.attention.module for block in structure.blocks]
+        stack.enter_context(_ROTARY_TAPS.installed(filter(_rotates, attentions)))
         for block in structure.blocks:
+            for norm in filter(_is_rms_norm, block.whole.module.modules()):
+                stack.enter_context(_norm(run, norm))
             if _is_gated(block):
                 stack.enter_context(_gate(run, block.mlp.module))
             elif block.inner.activation and type(block.inner.activation.module) in _TANH_GELU:
@@ -59,18 +71,75 @@ def _is_gated(block: Block) -> bool:
     mlp, activation, loops = block.mlp.module, getattr(block.mlp.module, "act_fn", None), _loops()
     if loops is None or not isinstance(activation, nn.Module) or "forward" in vars(mlp):
         return False
-    code = getattr(type(mlp).forward, "__code__", None)
     return (
-        code is not None
-        and (code.co_code, code.co_names) == (_GATED.co_code, _GATED.co_names)
+        _same(type(mlp).forward, LlamaMLP.forward)
         and type(activation) in (*_SILU, *_TANH_GELU)
         and not (activation._forward_hooks or activation._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage]
         and "forward" not in vars(activation)
     )
 
 
+def _same(function: object, known: Callable[..., Any]) -> bool:
+    """Return whether a function is another one, instruction by instruction."""
+    codes = getattr(function, "__code__", None), known.__code__
+    mine, other = (
+        code and (code.co_code, code.co_names, [c for c in code.co_consts if type(c) is not str])
+        for code in codes
+    )
+    return mine == other
+
+
+def _rotates(attention: nn.Module) -> bool:
+    names = names_of(attention)
+    known = _same(names.get(_ROTARY), apply_rotary_pos_emb)
+    return _loops() is not None and known and _same(names.get(_HALF), rotate_half)
+
+
+def _rotated(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def rotary(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        run, loops = current_run(), _loops()
+        packed = isinstance(run, Recorder) and run.plan.packed and not run.plan.gradients
+        if packed and loops is not None and not args and not kwargs and len(q) == len(cos) == 1:
+            tokens = [each[0].transpose(0, 1) for each in (q, k)]
+            whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
+            if whole and loops.suits(*tokens, cos, sin):
+                turned = (loops.rotate(each, cos[0], sin[0]) for each in tokens)
+                queries, keys = (each.transpose(0, 1)[None] for each in turned)
+                return queries, keys
+        return plain(q, k, cos, sin, *args, **kwargs)
+
+    return rotary
+
+
+_ROTARY_TAPS = Taps(_ROTARY, _rotated)
+
+
+def _is_rms_norm(norm: nn.Module) -> bool:
+    known = _same(type(norm).forward, LlamaRMSNorm.forward)
+    return _loops() is not None and known and "forward" not in vars(norm)
+
+
 @contextmanager
-def _gate(run: object, mlp: Any) -> Generator[None]:
+def _norm(run: Recorder, norm: Any) -> Generator[None]:
+    loops, plain = _loops(), norm.forward
+    assert loops is not None
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        if current_run() is not run or not loops.suits(hidden_states, norm.weight):
+            return plain(hidden_states)
+        return loops.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+
+    norm.forward = forward
+    try:
+        yield
+    finally:
+        vars(norm).pop("forward", None)  # another thread's run may have been here too
+
+
+@contextmanager
+def _gate(run: Recorder, mlp: Any) -> Generator[None]:
     loops, plain = _loops(), mlp.forward
     assert loops is not None
     multiply = loops.silu_gate if type(mlp.act_fn) in _SILU else loops.gelu_gate
@@ -91,7 +160,7 @@ def _gate(run: object, mlp: Any) -> Generator[None]:
 
 
 @contextmanager
-def _gelu(run: object, activation: nn.Module) -> Generator[None]:
+def _gelu(run: Recorder, activation: nn.Module) -> Generator[None]:
     wholes: list[Tensor] = []
 
     def empty(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:

@@ -14,8 +14,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from layerscope.errors import CapabilityError, LayerscopeError
 from layerscope.models.backends.huggingface.cache import KeyValueCache
@@ -64,14 +65,16 @@ def packed_attention(
     block = getattr(module, "layer_idx", None)
     if not isinstance(block, int) or options.get("position_bias") is not None:
         raise CapabilityError("the attention of this model does not say which block it is in")
-    outputs: list[Tensor] = []
+    query, _, value = heads
+    found = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
     at = 0
-    hidden = _causal(given.packed.n_columns, heads[0])
+    hidden = _causal(given.packed.n_columns, query)
     for piece in given.packed.pieces:
         query, key, value = (
             part[0, :, at : at + piece.size].unflatten(1, (-1, piece.width)).transpose(0, 1)
             for part in heads
         )
+        into = found[at : at + piece.size].unflatten(0, (-1, piece.width))
         at += piece.size
         if piece.column:
             keys, values = given.cache.past(block, piece.rows, piece.column)
@@ -79,13 +82,28 @@ def packed_attention(
         end = piece.column + piece.width
         asks = 1 if ends else piece.width
         mask = hidden[:, :, end - asks : end, :end]
-        output = kernel(module, query[:, :, -asks:], key, value, mask, *args, **options)
-        first: Tensor = output[0] if isinstance(output, tuple) else output
-        if asks < piece.width:
-            last, first = first, first.new_zeros(len(piece.rows), piece.width, *first.shape[2:])
-            first[:, -1:] = last
-        outputs.append(first.flatten(0, 1))
-    return torch.cat(outputs)[None], None
+        if kernel is sdpa_attention_forward and query.shape[1] > key.shape[1]:
+            output = _grouped(query[:, :, -asks:], key, value, mask, options.get("scaling"))
+        else:
+            output = kernel(module, query[:, :, -asks:], key, value, mask, *args, **options)
+        into[:, -asks:] = output[0] if isinstance(output, tuple) else output
+    return found[None], None
+
+
+def _grouped(
+    query: Float[Tensor, "row head query d"],
+    key: Float[Tensor, "row kv_head key d"],
+    value: Float[Tensor, "row kv_head key d_value"],
+    mask: Float[Tensor, "1 1 query key"],
+    scale: float | None,
+) -> Float[Tensor, "row query head d_value"]:
+    """Let the heads that share keys ask them as one head with more queries: no key is copied."""
+    sharing = query.shape[1] // key.shape[1]
+    together = query.unflatten(1, (-1, sharing)).flatten(2, 3)
+    mixed = nn.functional.scaled_dot_product_attention(
+        together, key, value, attn_mask=mask.repeat(1, 1, sharing, 1), scale=scale
+    )
+    return mixed.unflatten(2, (sharing, -1)).flatten(1, 2).transpose(1, 2)
 
 
 def _causal(n_columns: int, like: Tensor) -> Tensor:
