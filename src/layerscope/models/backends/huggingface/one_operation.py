@@ -44,10 +44,12 @@ def in_one_operation(run: Recorder, structure: Structure) -> Generator[None]:
 
     What large tensors cost is reading and writing them, once for each operation.
     """
+    start, stop = run.plan.start, run.plan.stop_after
+    blocks = structure.blocks[start and start.layer : None if stop is None else stop + 1]
     with ExitStack() as stack:
-        attentions = [block.attention.module for block in structure.blocks]
+        attentions = [block.attention.module for block in blocks]
         stack.enter_context(_ROTARY_TAPS.installed(filter(_rotates, attentions)))
-        for block in structure.blocks:
+        for block in blocks:
             for norm in filter(_is_rms_norm, block.whole.module.modules()):
                 stack.enter_context(_norm(run, norm))
             if _is_gated(block):
@@ -79,6 +81,7 @@ def _is_gated(block: Block) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def _same(function: object, known: Callable[..., Any]) -> bool:
     """Return whether a function is another one, instruction by instruction."""
     codes = getattr(function, "__code__", None), known.__code__

@@ -65,10 +65,13 @@ def packed_attention(
     block = getattr(module, "layer_idx", None)
     if not isinstance(block, int) or options.get("position_bias") is not None:
         raise CapabilityError("the attention of this model does not say which block it is in")
-    query, _, value = heads
-    found = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
+    query, key, value = heads
+    shape = query.shape[2], query.shape[1], value.shape[-1]
+    found = query.new_zeros(shape) if ends else query.new_empty(shape)
     at = 0
-    hidden = _causal(given.packed.n_columns, query)
+    grouped = kernel is sdpa_attention_forward and query.shape[1] > key.shape[1]
+    sharing = query.shape[1] // key.shape[1] if grouped else 1
+    hidden = _causal(given.packed.n_columns, query).repeat_interleave(sharing, dim=2)
     for piece in given.packed.pieces:
         query, key, value = (
             part[0, :, at : at + piece.size].unflatten(1, (-1, piece.width)).transpose(0, 1)
@@ -81,8 +84,8 @@ def packed_attention(
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         end = piece.column + piece.width
         asks = 1 if ends else piece.width
-        mask = hidden[:, :, end - asks : end, :end]
-        if kernel is sdpa_attention_forward and query.shape[1] > key.shape[1]:
+        mask = hidden[:, :, (end - asks) * sharing : end * sharing, :end]
+        if grouped:
             output = _grouped(query[:, :, -asks:], key, value, mask, options.get("scaling"))
         else:
             output = kernel(module, query[:, :, -asks:], key, value, mask, *args, **options)
@@ -94,16 +97,16 @@ def _grouped(
     query: Float[Tensor, "row head query d"],
     key: Float[Tensor, "row kv_head key d"],
     value: Float[Tensor, "row kv_head key d_value"],
-    mask: Float[Tensor, "1 1 query key"],
+    mask: Float[Tensor, "1 1 query_times_sharing key"],
     scale: float | None,
 ) -> Float[Tensor, "row query head d_value"]:
     """Let the heads that share keys ask them as one head with more queries: no key is copied."""
     sharing = query.shape[1] // key.shape[1]
-    together = query.unflatten(1, (-1, sharing)).flatten(2, 3)
+    together = query.unflatten(1, (-1, sharing)).transpose(2, 3).flatten(2, 3)
     mixed = nn.functional.scaled_dot_product_attention(
-        together, key, value, attn_mask=mask.repeat(1, 1, sharing, 1), scale=scale
+        together, key, value, attn_mask=mask, scale=scale
     )
-    return mixed.unflatten(2, (sharing, -1)).flatten(1, 2).transpose(1, 2)
+    return mixed.unflatten(2, (-1, sharing)).transpose(1, 2).flatten(2, 3)
 
 
 def _causal(n_columns: int, like: Tensor) -> Tensor:
