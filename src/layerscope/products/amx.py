@@ -46,7 +46,7 @@ AHEAD = 12  # lines of the next columns (or rows) fetched in a step: all of them
 # Fields of a task.
 (
     A, A_ROW, A_ENTRY, B, B_COLUMN, B_ENTRY, OUT, OUT_ROW, OUT_COLUMN, BIAS,
-    N_ROWS, N_COLUMNS, N_ENTRIES, PACKED, COLUMNS_PACKED, PANEL_SIZE, NEXT, FIELDS,
+    N_ROWS, N_COLUMNS, N_ENTRIES, PACKED, COLUMNS_PACKED, N_PANELS, NEXT, FIELDS,
 ) = range(18)  # fmt: skip
 
 # Which part of A meets which of B, 0 the largest. What is left out is below 2 ** -20 of a product.
@@ -572,7 +572,7 @@ def _square(
 def multiply(task: Longs) -> None:
     """Take panels of rows until none is left, B being packed; or of columns, if A is."""
     n_rows, n_columns, n_entries = task[N_ROWS], task[N_COLUMNS], task[N_ENTRIES]
-    size, by_rows = task[PANEL_SIZE], task[COLUMNS_PACKED] == 1
+    by_rows = task[COLUMNS_PACKED] == 1
     if by_rows:
         source, across, along, n, n_tiles = (
             task[A], task[A_ROW], task[A_ENTRY], n_rows, _tiles(n_columns)
@@ -581,6 +581,9 @@ def multiply(task: Longs) -> None:
         source, across, along, n, n_tiles = (
             task[B], task[B_COLUMN], task[B_ENTRY], n_columns, _tiles(n_rows)
         )  # fmt: skip
+    # In squares, shared out evenly: a panel that is larger than the others is waited for.
+    n_squares, n_panels = (n + AT_ONCE - 1) // AT_ONCE, task[N_PANELS]
+    size = (n_squares + n_panels - 1) // n_panels * AT_ONCE
     memory = np.empty(
         size * min(CHUNK // DEPTH, _steps(n_entries)) * (STEP_BYTES // SIDE)
         + 5 * LINE
@@ -597,10 +600,11 @@ def multiply(task: Longs) -> None:
     configure(layout)
     counter = task.ctypes.data + 8 * NEXT
     while True:
-        first = take(counter) * size
-        if first >= n:
+        number = take(counter)
+        if number >= n_panels:
             break
-        last = min(first + size, n)
+        first = number * n_squares // n_panels * AT_ONCE
+        last = min((number + 1) * n_squares // n_panels * AT_ONCE, n)
         last_row, last_column = (last, n_columns) if by_rows else (n_rows, last)
         for chunk in range(0, n_entries, CHUNK):
             length = min(CHUNK, n_entries - chunk)

@@ -26,6 +26,7 @@ from layerscope.products import amx, openmp
 from layerscope.products.weights import keeps, kept
 
 _WRITE, _READ = 1.0, 0.5  # of a number, in about the same unit of time
+_FEWEST_PANELS = 3  # of a thread, for one may be kept from its core
 _PARTS_BYTES = 24 << 20  # of the parts of a factor that are held at a time
 
 
@@ -83,7 +84,7 @@ class Columns(_Packed):
         """
         task = _to_multiply(self, out, bias)
         task[[amx.A, amx.A_ROW, amx.A_ENTRY]] = a.data_ptr(), 4 * a.stride(0), 4 * a.stride(1)
-        task[[amx.COLUMNS_PACKED, amx.PANEL_SIZE]] = 1, _panel(len(a), threads)
+        task[[amx.COLUMNS_PACKED, amx.N_PANELS]] = 1, _panels(len(a), threads)
         _run(amx.multiply, amx.multiply_at, task, threads)
 
 
@@ -111,7 +112,7 @@ class Rows(_Packed):
         """Do what `Columns.multiply` does."""
         task = _to_multiply(self, out, bias)
         task[[amx.B, amx.B_COLUMN, amx.B_ENTRY]] = b.data_ptr(), 4 * b.stride(1), 4 * b.stride(0)
-        task[amx.PANEL_SIZE] = _panel(b.shape[1], threads)
+        task[amx.N_PANELS] = _panels(b.shape[1], threads)
         _run(amx.multiply, amx.multiply_at, task, threads)
 
 
@@ -150,9 +151,10 @@ def _run(loop: Callable[[amx.Longs], None], address: int, task: amx.Longs, threa
         openmp.run(address, task.ctypes.data, threads=threads)
 
 
-def _panel(count: int, threads: int) -> int:
-    """Return how many rows a thread takes at a time: a few times for each, and in full blocks."""
-    return min(-(-count // (3 * threads * amx.AT_ONCE)) * amx.AT_ONCE, amx.PANEL)
+def _panels(count: int, threads: int) -> int:
+    """Return in how many panels threads share rows: as many for each, and a few."""
+    of_each = max(-(-count // (amx.PANEL * threads)), _FEWEST_PANELS)
+    return max(min(of_each * threads, -(-count // amx.AT_ONCE)), 1)
 
 
 def _work(packed: Tensor, count: int, threads: int) -> float:
@@ -161,7 +163,7 @@ def _work(packed: Tensor, count: int, threads: int) -> float:
     They are written once and read by every panel of the other factor, whose own parts stay in the
     cache of the thread that makes them.
     """
-    return packed.numel() * (_WRITE + _READ * count / _panel(count, threads))
+    return packed.numel() * (_WRITE + _READ * _panels(count, threads))
 
 
 def product(
