@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -179,6 +181,43 @@ def test_a_gate_in_one_operation_is_what_the_model_computes(family, monkeypatch)
         handle.remove()
     assert len(seen) == 1
     torch.testing.assert_close(again, found["mlp.1.post"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_norms_and_rotary_embeddings_are_one_operation_each(family, monkeypatch):
+    elementwise = pytest.importorskip("layerscope.products.elementwise")
+    made = {"rms_norm": [], "rotate": []}
+
+    def counting(name):
+        plain = getattr(elementwise, name)
+
+        def counted(*args):
+            made[name].append(plain(*args))
+            return made[name][-1]
+
+        return counted
+
+    for name in made:
+        monkeypatch.setattr(elementwise, name, counting(name))
+    model = loaded(family)
+    module = sys.modules[type(hf(model)).__module__]
+    before = vars(module)["apply_rotary_pos_emb"]
+    plain = taken(model)
+    for results in made.values():
+        results.clear()
+    seen = []
+    norm = hf(model).model.layers[1].input_layernorm
+    handle = norm.register_forward_hook(lambda _m, args, output: seen.append((args[0], output)))
+    try:
+        run_packed(model, plain, capture="resid_post.1", stop_after=1)
+    finally:
+        handle.remove()
+    norms = 2 if family == "llama" else 4  # of queries and keys, too
+    assert len(made["rms_norm"]) == norms and len(made["rotate"]) == 2
+    torch.testing.assert_close(norm(seen[0][0]), seen[0][1], rtol=1e-6, atol=1e-6)
+    # Nothing stays behind.
+    assert vars(module)["apply_rotary_pos_emb"] is before
+    assert not any("forward" in vars(part) for part in hf(model).modules())
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -59,6 +59,28 @@ def test_what_is_not_finite_stays_so_and_far_tails_vanish(name: str) -> None:
     torch.testing.assert_close(found[3:], x[3:].clamp_min(0.0), rtol=1e-6, atol=1e-20)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1, 70, 768), (40_001, 3)])
+def test_a_norm_is_its_formula_to_a_few_roundings(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 8
+    gain = torch.randn(shape[-1], generator=generator)
+    wide = x.double()
+    exact = gain.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    found = elementwise.rms_norm(x, gain, 1e-5)
+    bound = (8 + shape[-1] / 16) * 2.0**-24 * exact.abs()
+    assert ((found - exact).abs() <= bound).all()
+    assert not ((elementwise.rms_norm(x, gain, 1e-2) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 3, 8), (700, 12, 64)])
+def test_a_rotary_embedding_is_torchs_bit_for_bit(shape: tuple[int, int, int]) -> None:
+    x, (cos, sin) = torch.randn(shape), torch.randn(2, shape[0], shape[2])
+    half = shape[2] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    expected = x * cos[:, None] + turned * sin[:, None]
+    assert torch.equal(elementwise.rotate(x, cos, sin), expected)
+
+
 def test_what_does_not_suit_is_said() -> None:
     x = torch.randn(4, 6)
     assert elementwise.suits(x) == elementwise.openmp.available()
