@@ -144,8 +144,8 @@ def test_a_batch_on_a_cpu_holds_no_tensor_that_is_mapped_afresh(family):
     width = max(model.d_model, model.backend.trailing(Site("mlp.post", 0), 1)[-1])
     tokens = shape_of(model, 9, 2**50).most_tokens
     # glibc maps tensors of 32 MiB and more for one use only.
-    held = shape_of(model, 9, 2**50).most_held * model.d_model * model.dtype.itemsize
-    assert 0.9 * 30 * 2**20 < held < 32 * 2**20
+    loaded_bytes = shape_of(model, 9, 2**50).most_loaded * model.d_model * model.dtype.itemsize
+    assert 0.9 * 30 * 2**20 < loaded_bytes < 32 * 2**20
     assert 0.9 * 30 * 2**20 < tokens * width * model.dtype.itemsize < 32 * 2**20
     assert shape_of(model, 9, 2**20).most_tokens < tokens
     assert shape_of(model, 2 * tokens, 2**50).most_tokens == 2 * tokens  # one cell always fits
@@ -162,19 +162,24 @@ def test_parts_are_few_and_even():
 
 
 def test_a_block_is_run_in_as_few_passes_as_hold_all_cells():
-    shape = Shape(n_layers=3, n_columns=4, overhead=0.0, most_tokens=7, most_held=100)
+    shape = Shape(
+        n_layers=3, n_columns=4, overhead=0.0, most_tokens=7, most_loaded=100, most_held=100
+    )
     steps = [
         Step(at, 0, (), entry=entry, first=entry, column=column, last=column)
         for at, (entry, column) in enumerate((e, c) for e in range(3) for c in range(4))
     ]
-    (load,) = loads_of(steps, shape)
+    ((load,),) = loads_of(steps, shape)
     assert sorted(step.index for step in load) == list(range(12))
     passes = packed_tokens(load, shape)
     assert all(tokens <= 7 for _, tokens in passes)
     assert sum(blocks * tokens for blocks, tokens in passes) == 10 + 20 + 30
     assert len(passes) == 2 + 4 + 6  # rows of 4, 3, 2, 1 tokens are not cut
-    several = loads_of(steps, replace(shape, most_held=10))
-    assert [sum(4 - step.column for step in one) for one in several] == [8, 7, 8, 7]
+    several = loads_of(steps, replace(shape, most_loaded=10, most_held=15))
+    assert [[sum(4 - step.column for step in one) for one in some] for some in several] == [
+        [8, 7],
+        [8, 7],
+    ]
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))

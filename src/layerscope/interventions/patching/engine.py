@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerscope.interventions.patching.cells import Cell, Step, check_cell, step_of
 from layerscope.interventions.patching.climbs import Climb
-from layerscope.interventions.patching.packed import PackedClimb, split
+from layerscope.interventions.patching.packed import PackedClimbs, split
 from layerscope.interventions.patching.recording import Recording
 from layerscope.interventions.patching.tiles import (
     DEFAULT_BUDGET,
@@ -62,11 +62,11 @@ def run_cells(
 
 def climbs_of(
     recording: Recording, steps: Sequence[Step], shape: Shape
-) -> Iterator[Climb | PackedClimb]:
+) -> Iterator[Climb | PackedClimbs]:
     """Yield batches of steps: packed rows where the model takes them, else tiles of one width."""
     packed, others = split(recording, steps)
-    for load in loads_of(packed, shape):
-        yield PackedClimb(recording, load, most_tokens=shape.most_tokens)
+    for loads in loads_of(packed, shape):
+        yield PackedClimbs(recording, loads, most_tokens=shape.most_tokens)
     yield from (Climb(recording, tile) for tile in tiles_of(others, shape))
 
 

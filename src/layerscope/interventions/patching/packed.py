@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
@@ -65,11 +65,36 @@ def _try(model: LanguageModel, n_columns: int) -> bool:
     return True
 
 
-class PackedClimb:
-    """Steps of any positions on their way up the blocks.
+class PackedClimbs:
+    """Loads of steps that climb side by side: every block is run for all before the next one is."""
 
-    Every block is run for all of them, as many in a pass as may be, before the next one is.
-    """
+    def __init__(
+        self, recording: Recording, loads: Sequence[Sequence[Step]], *, most_tokens: int
+    ) -> None:
+        self._climbs = [PackedClimb(recording, load, most_tokens=most_tokens) for load in loads]
+
+    @property
+    def order(self) -> list[Step]:
+        """The steps in the order of their results."""
+        return [step for climb in self._climbs for step in climb.order]
+
+    def run(self) -> Float[Tensor, "cell d_model"]:
+        """Return the final norm's output at the last position, in `order`."""
+        finals: dict[int, Tensor] = {}
+        climbing = {at: climb.blocks() for at, climb in enumerate(self._climbs)}
+        while climbing:
+            with weights_kept():
+                for at, blocks in list(climbing.items()):
+                    try:
+                        next(blocks)
+                    except StopIteration as end:
+                        finals[at] = end.value
+                        del climbing[at]
+        return torch.cat([finals[at] for at in range(len(self._climbs))])
+
+
+class PackedClimb:
+    """Steps of any positions on their way up the blocks, as many in a pass as may be."""
 
     def __init__(self, recording: Recording, steps: Sequence[Step], *, most_tokens: int) -> None:
         self.recording = recording
@@ -81,8 +106,12 @@ class PackedClimb:
         # Their tokens, one row of a step after the other.
         self.residual: Float[Tensor, "token d_model"] | None = None
 
-    def run(self) -> Float[Tensor, "cell d_model"]:
-        """Return the final norm's output at the last position, in `order`."""
+    def blocks(self) -> Generator[None, None, Float[Tensor, "cell d_model"]]:
+        """Run the blocks up to the next join, again and again.
+
+        Returns:
+            The final norm's output at the last position, in `order`.
+        """
         joins = joins_of(self.steps)
         layers = sorted(joins)
         final: Tensor | None = None
@@ -98,6 +127,8 @@ class PackedClimb:
                 final = self._advance(layer, stop)
             if opening:
                 self._open(layer, opening)
+            if place + 1 < len(layers):
+                yield
         assert final is not None
         return final
 
@@ -181,15 +212,14 @@ class PackedClimb:
             return self._part(residual, steps, widths, layer, stop)
         ends: list[Tensor] = []
         done = 0
-        with weights_kept():
-            for part in parts:
-                tokens = slice(done, done + sum(widths[part]))
-                found = self._part(residual[tokens], steps[part], widths[part], layer, stop)
-                if stop == self.n_layers:
-                    ends.append(found)
-                else:
-                    residual[tokens] = found
-                done = tokens.stop
+        for part in parts:
+            tokens = slice(done, done + sum(widths[part]))
+            found = self._part(residual[tokens], steps[part], widths[part], layer, stop)
+            if stop == self.n_layers:
+                ends.append(found)
+            else:
+                residual[tokens] = found
+            done = tokens.stop
         return torch.cat(ends) if ends else residual
 
     def _part(

@@ -153,9 +153,11 @@ def cost_of_cells(
     several = columns and len({step.column for step in steps}) > 1
     held = 0
     if several and packable(model, n_columns):
-        loads = loads_of(steps, shape)
-        passes = [one for load in loads for one in packed_tokens(load, shape)]
-        held = max(sum(n_columns - step.column for step in load) for load in loads)
+        together = loads_of(steps, shape)
+        passes = [one for loads in together for load in loads for one in packed_tokens(load, shape)]
+        held = max(
+            sum(n_columns - step.column for load in loads for step in load) for loads in together
+        )
     else:
         passes = [
             one

@@ -54,13 +54,15 @@ class Shape:
     Attributes:
         overhead: cost of one pass over one block beside its tokens, in tokens.
         most_tokens: tokens that one pass may hold.
-        most_held: tokens of packed rows that may climb together, some in each pass.
+        most_loaded: tokens of packed rows that climb as one load, some in each pass.
+        most_held: tokens of all loads that climb side by side.
     """
 
     n_layers: int
     n_columns: int
     overhead: float
     most_tokens: int
+    most_loaded: int
     most_held: int
 
 
@@ -72,14 +74,16 @@ def shape_of(model: LanguageModel, n_columns: int, budget: int) -> Shape:
     flops = 24.0 * model.d_model**2
     overhead = _WEIGHTS_IN_TOKENS
     overhead += _CALL_FLOPS.get(model.device.type, _CALL_FLOPS_ELSEWHERE) / flops
-    most = held = budget // bytes_per_token(model, n_columns)
+    most = loaded = held = budget // bytes_per_token(model, n_columns)
     if model.device.type == "cpu":
         warm = _LARGEST_TENSOR // model.dtype.itemsize
         most = min(most, max(warm // _widest(model), _FEWEST_TOKENS))
         left = budget - most * bytes_per_token(model, n_columns)
-        held = min(left // bytes_held(model), warm // model.d_model)
+        held = left // bytes_held(model)
+        loaded = min(held, warm // model.d_model)
     most = max(most, n_columns)
-    return Shape(model.n_layers, n_columns, overhead, most, max(held, most))
+    loaded = max(loaded, most)
+    return Shape(model.n_layers, n_columns, overhead, most, loaded, max(held, loaded))
 
 
 def bytes_per_token(model: LanguageModel, n_columns: int) -> int:
@@ -139,11 +143,17 @@ def tiles_of(steps: Sequence[Step], shape: Shape) -> list[Tile]:
     return tiles[::-1]
 
 
-def loads_of(steps: Sequence[Step], shape: Shape) -> list[list[Step]]:
-    """Cut steps into the packed rows that climb together, neighbours together."""
+def loads_of(steps: Sequence[Step], shape: Shape) -> list[list[list[Step]]]:
+    """Cut steps into the loads that climb side by side, and each of these into its packed rows."""
     ordered = sorted(steps, key=lambda step: (step.column, step.entry, step.first, step.index))
-    widths = [shape.n_columns - step.column for step in ordered]
-    return [ordered[part] for part in evenly(widths, shape.most_held)]
+    return [
+        [together[part] for part in evenly(_widths(together, shape), shape.most_loaded)]
+        for together in (ordered[part] for part in evenly(_widths(ordered, shape), shape.most_held))
+    ]
+
+
+def _widths(steps: Sequence[Step], shape: Shape) -> list[int]:
+    return [shape.n_columns - step.column for step in steps]
 
 
 def evenly(widths: Sequence[int], most: int) -> list[slice]:
