@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, groupby
 from weakref import WeakKeyDictionary
 
@@ -83,7 +84,7 @@ class PackedClimbs:
         finals: dict[int, Tensor] = {}
         climbing = {at: climb.blocks() for at, climb in enumerate(self._climbs)}
         while climbing:
-            with weights_kept():
+            with weights_kept() if len(climbing) > 1 else nullcontext():
                 for at, blocks in list(climbing.items()):
                     try:
                         next(blocks)
@@ -212,14 +213,15 @@ class PackedClimb:
             return self._part(residual, steps, widths, layer, stop)
         ends: list[Tensor] = []
         done = 0
-        for part in parts:
-            tokens = slice(done, done + sum(widths[part]))
-            found = self._part(residual[tokens], steps[part], widths[part], layer, stop)
-            if stop == self.n_layers:
-                ends.append(found)
-            else:
-                residual[tokens] = found
-            done = tokens.stop
+        with weights_kept():
+            for part in parts:
+                tokens = slice(done, done + sum(widths[part]))
+                found = self._part(residual[tokens], steps[part], widths[part], layer, stop)
+                if stop == self.n_layers:
+                    ends.append(found)
+                else:
+                    residual[tokens] = found
+                done = tokens.stop
         return torch.cat(ends) if ends else residual
 
     def _part(
