@@ -5,18 +5,23 @@
 Against the loop that a per-target program runs, on the same prompt and with the dictionaries in
 memory: for each target a forward pass, a backward pass, and a projection of the gradient on whole
 dictionaries ("whole"), or on active features only ("active"). The loops run with the C library's
-allocator as it is found, and once more as `load` sets it. Replays against one whole forward
-pass per edge. Attribution graphs against circuit-tracer, where it is installed, with the same
+allocator as it is found, in a process of their own, and once more as `load` sets it; all take turns
+with ours, because the speed of a shared host drifts. Replays against one whole forward pass per
+edge. Attribution graphs against circuit-tracer, where it is installed, with the same
 transcoders. A 12-layer Llama of random weights, d_model 768, JumpReLU dictionaries of 16 times
 that width, 64 tokens, 64 targets spread over the layers.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,6 @@ from benchmarks.harness import Report, Timing, interleave, set_threads
 from benchmarks.models import llama_12x768
 from benchmarks.peers.environments import HERE, Process
 from benchmarks.peers.inputs import token_ids
-from layerscope.allocator import keep_freed_memory
 from layerscope.features import DictionarySet, Matrix, SparseDictionary, open_set, write_dictionary
 from layerscope.features.architectures import JumpRelu
 from layerscope.features.pathways import (
@@ -54,24 +58,23 @@ GRAPH_FEATURES = 128  # nodes of an attribution graph that are expanded
 def main(*, rounds: int = 3) -> Report:
     set_threads()
     report = Report("pathways")
-    model = _load_with_the_allocator_as_found(llama_12x768())
+    model = load(llama_12x768(), device="cpu")
     ids = token_ids(model.d_vocab, TOKENS).tolist()
     dictionaries = random_dictionaries(model, ids)
     targets = spread_targets(model, ids, dictionaries)
     loop = _Loop(model, ids, dictionaries, targets)
     ours = partial(_discover, model, ids, dictionaries, targets)
-    loops = {
-        "loop, whole dictionaries": partial(loop.run, whole=True),
-        "loop, active features": partial(loop.run, whole=False),
-    }
-    timings = interleave(loops, rounds=rounds)
-    keep_freed_memory()  # as `load` has it, from here on
-    for name, timing in interleave(
-        {f"{name}, freed memory kept": run for name, run in loops.items()}
-        | {"layerscope, forward to edges": ours},
-        rounds=rounds,
-    ).items():
-        timings[name] = timing
+    with _loop_as_found() as run_as_found:
+        timings = interleave(
+            {
+                "loop, whole dictionaries": partial(run_as_found, True),
+                "loop, active features": partial(run_as_found, False),
+                "loop, whole dictionaries, freed memory kept": partial(loop.run, whole=True),
+                "loop, active features, freed memory kept": partial(loop.run, whole=False),
+                "layerscope, forward to edges": ours,
+            },
+            rounds=rounds,
+        )
     share = len(targets) / LOOP_TARGETS
     scaled = {
         name: Timing(tuple(s * (share if name.startswith("loop") else 1) for s in timing.seconds))
@@ -156,12 +159,43 @@ def _discover(
     return state, discover(state, DiscoverOptions())
 
 
-def _load_with_the_allocator_as_found(source: Path) -> LanguageModel:
-    """Load without telling the C library to keep freed memory: a plain program's loop has none."""
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = "a choice"  # read by us; glibc reads it at the start
-    model = load(source)
-    del os.environ["MALLOC_TRIM_THRESHOLD_"]
-    return model
+@contextmanager
+def _loop_as_found() -> Generator[Callable[[bool], None]]:
+    """Start the loop in another process; what is given runs it there, and waits."""
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    process = spawning.Process(target=_answer, args=(there,), daemon=True)
+    process.start()
+    there.close()
+
+    def run(whole: bool) -> None:
+        here.send(whole)
+        here.recv()
+
+    try:
+        here.recv()
+        yield run
+    finally:
+        here.close()
+        process.join()
+
+
+def _answer(connection: Connection) -> None:
+    """Run the loop whenever it is asked for, with the allocator as it is found."""
+    set_threads()
+    os.environ["MALLOC_TRIM_THRESHOLD_"] = "a choice"  # `load` reads it; glibc did at the start
+    model = load(llama_12x768(), device="cpu")
+    ids = token_ids(model.d_vocab, TOKENS).tolist()
+    dictionaries = random_dictionaries(model, ids)
+    loop = _Loop(model, ids, dictionaries, spread_targets(model, ids, dictionaries))
+    connection.send(None)
+    while True:
+        try:
+            whole: bool = connection.recv()
+        except EOFError:
+            return
+        loop.run(whole=whole)
+        connection.send(None)
 
 
 class _Loop:
