@@ -151,6 +151,16 @@ def test_a_batch_on_a_cpu_holds_no_tensor_that_is_mapped_afresh(family):
     assert shape_of(model, 2 * tokens, 2**50).most_tokens == 2 * tokens  # one cell always fits
 
 
+def test_progress_is_told_block_by_block_and_adds_up():
+    sites = [Site("resid_pre", layer) for layer in range(3)]
+    model, runs = recorded("llama")
+    cells = [donor_cell(runs, site, (place,)) for site in sites for place in range(9)]
+    done = []
+    run_cells(runs, cells, all_logits(model), progress=done.append)
+    assert sum(done) == len(cells)
+    assert len(done) >= 3 and done[-1] > done[-2] > done[-3]  # more cells climb the later blocks
+
+
 def test_parts_are_few_and_even():
     widths = [9, 4, 4, 4, 2, 2, 2, 2, 1]
     parts = evenly(widths, 12)

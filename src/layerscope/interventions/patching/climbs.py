@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +32,12 @@ class Climb:
         # Nothing comes before the first position.
         self.past = stored.before(self.column) if stored is not None and self.column else None
 
-    def run(self) -> Float[Tensor, "cell d_model"]:
-        """Return the final norm's output at the last position, in `order`."""
+    def run(self, progress: Callable[[int], None] | None = None) -> Float[Tensor, "cell d_model"]:
+        """Return the final norm's output at the last position, in `order`.
+
+        Args:
+            progress: told of the cells at the end.
+        """
         joins = joins_of(self.tile.steps)
         layers = sorted(joins)
         n_layers = self.recording.model.n_layers
@@ -48,6 +52,8 @@ class Climb:
             if opening:
                 self._open(layer, opening)
         assert final is not None
+        if progress is not None:
+            progress(len(self.order))
         return final
 
     def _join(self, layer: int, steps: list[Step]) -> None:

@@ -41,7 +41,7 @@ def run_cells(
     Args:
         read: given rows of the final norm's output at the last position.
         budget: bytes that a batch of cells may take beside the recording.
-        progress: told of every batch of cells that is done.
+        progress: told of cells, or of as much work, that are done.
 
     Raises:
         EditError, SiteError: a cell does not fit, before anything runs.
@@ -52,11 +52,9 @@ def run_cells(
     if progress is not None and len(steps) < len(cells):
         progress(len(cells) - len(steps))
     for climb in climbs_of(recording, steps, shape):
-        final = climb.run()
+        final = climb.run(progress)
         values = read(final, [step.row for step in climb.order])
         results[torch.tensor([step.index for step in climb.order])] = values
-        if progress is not None:
-            progress(len(climb.order))
     return results
 
 

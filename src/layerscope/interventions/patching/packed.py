@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise, zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,6 +72,7 @@ class PackedClimbs:
     def __init__(
         self, recording: Recording, loads: Sequence[Sequence[Step]], *, most_tokens: int
     ) -> None:
+        self._loads = loads
         self._climbs = [PackedClimb(recording, load, most_tokens=most_tokens) for load in loads]
 
     @property
@@ -79,10 +80,15 @@ class PackedClimbs:
         """The steps in the order of their results."""
         return [step for climb in self._climbs for step in climb.order]
 
-    def run(self) -> Float[Tensor, "cell d_model"]:
-        """Return the final norm's output at the last position, in `order`."""
+    def run(self, progress: Callable[[int], None] | None = None) -> Float[Tensor, "cell d_model"]:
+        """Return the final norm's output at the last position, in `order`.
+
+        Args:
+            progress: told after every block how many more cells' worth of work is done.
+        """
         finals: dict[int, Tensor] = {}
         climbing = {at: climb.blocks() for at, climb in enumerate(self._climbs)}
+        told = _told([climb.work() for climb in self._climbs], sum(map(len, self._loads)))
         while climbing:
             with weights_kept() if len(climbing) > 1 else nullcontext():
                 for at, blocks in list(climbing.items()):
@@ -91,6 +97,8 @@ class PackedClimbs:
                     except StopIteration as end:
                         finals[at] = end.value
                         del climbing[at]
+            if progress is not None:
+                progress(next(told))
         return torch.cat([finals[at] for at in range(len(self._climbs))])
 
 
@@ -106,6 +114,16 @@ class PackedClimb:
         self.order: list[Step] = []
         # Their tokens, one row of a step after the other.
         self.residual: Float[Tensor, "token d_model"] | None = None
+
+    def work(self) -> list[int]:
+        """Return what the parts of `blocks` cost, in blocks of one step."""
+        joins, joined = joins_of(self.steps), 0
+        layers = [*sorted(joins), self.n_layers]
+        found: list[int] = []
+        for layer, stop in pairwise(layers):
+            joined += sum(step.entry == layer for step in joins[layer])
+            found.append(joined * (stop - layer))
+        return found
 
     def blocks(self) -> Generator[None, None, Float[Tensor, "cell d_model"]]:
         """Run the blocks up to the next join, again and again.
@@ -258,6 +276,13 @@ class PackedClimb:
             lean=True,
             packed=Packed(_pieces(steps, widths)),
         )[site][0]
+
+
+def _told(work: Sequence[Sequence[int]], n: int) -> Iterator[int]:
+    """Return the share of n steps that each round is, by the work of all that is done in it."""
+    rounds = [sum(parts) for parts in zip_longest(*work, fillvalue=0)]
+    shares = [n * done // max(sum(rounds), 1) for done in accumulate(rounds)]
+    return (after - before for before, after in pairwise([0, *shares]))
 
 
 def _pieces(steps: Sequence[Step], widths: Sequence[int]) -> tuple[Piece, ...]:
