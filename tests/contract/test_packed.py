@@ -215,6 +215,15 @@ def test_norms_and_rotary_embeddings_are_one_operation_each(family, monkeypatch)
     norms = 2 if family == "llama" else 4  # of queries and keys, too
     assert len(made["rms_norm"]) == norms and len(made["rotate"]) == 2
     torch.testing.assert_close(norm(seen[0][0]), seen[0][1], rtol=1e-6, atol=1e-6)
+    # A gain that is broadcast otherwise is left to the model.
+    gain = norm.weight
+    try:
+        norm.weight = torch.nn.Parameter(gain.detach()[None])
+        made["rms_norm"].clear()
+        run_packed(model, plain, capture="resid_post.1", stop_after=1)
+    finally:
+        norm.weight = gain
+    assert len(made["rms_norm"]) == norms - 1
     # Nothing stays behind.
     assert vars(module)["apply_rotary_pos_emb"] is before
     assert not any("forward" in vars(part) for part in hf(model).modules())

@@ -304,23 +304,10 @@ def _blocks(  # pyright: ignore[reportUnusedFunction]
         ahead: address of what is wanted next, AHEAD lines of which are fetched in each step.
     """
 
-    def write(
-        builder: Any,
-        a: Any,
-        next_a: Any,
-        b: Any,
-        next_b: Any,
-        steps: Any,
-        start: Any,
-        start_stride: Any,
-        start_right: Any,
-        start_below: Any,
-        out: Any,
-        out_stride: Any,
-        out_right: Any,
-        out_below: Any,
-        ahead: Any,
-    ) -> None:
+    def write(builder: Any, *given: Any) -> None:
+        a, next_a, b, next_b, steps, *where_from, ahead = given
+        start, start_stride, start_right, start_below = where_from[:4]
+        out, out_stride, out_right, out_below = where_from[4:]
         sums, rows, columns = (0, 1, 2, 3), (4, 5), (6, 7)
 
         def read(registers: tuple[int, int], starts: tuple[Any, Any], part: int) -> None:

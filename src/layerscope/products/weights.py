@@ -34,8 +34,8 @@ class _Kept:
 def weights_kept() -> Generator[None]:
     """Keep what products of this thread make of weights until the end: 64 MiB of it at most.
 
-    Worth it around passes that go through the same few layers again and again. Weights that are
-    changed meanwhile are noticed.
+    Worth it around passes that go through the same few layers again and again. A weight that is
+    changed meanwhile is noticed, but not where that is done behind autograd's back (`.data`).
     """
     before: _Kept | None = getattr(_here, "kept", None)
     _here.kept = before or _Kept()

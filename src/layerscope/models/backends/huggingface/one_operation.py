@@ -130,7 +130,9 @@ def _norm(run: Recorder, norm: Any) -> Generator[None]:
     assert loops is not None
 
     def forward(hidden_states: Tensor) -> Tensor:
-        if current_run() is not run or not loops.suits(hidden_states, norm.weight):
+        # A gain of its own for every head is broadcast otherwise.
+        one_gain = norm.weight.shape == hidden_states.shape[-1:]
+        if current_run() is not run or not (one_gain and loops.suits(hidden_states, norm.weight)):
             return plain(hidden_states)
         return loops.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
