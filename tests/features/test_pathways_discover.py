@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import polars as pl
 import pytest
 import torch
 from planted import random_dictionary
 from torch import Tensor
-from torch.nn import functional
 
 import layerscope
 from layerscope.errors import CapabilityError, ConfigError, DictionaryError, PromptError
 from layerscope.features import DictionarySet, SparseDictionary
 from layerscope.features.pathways import DiscoverOptions, PromptState, Pullback, Target, discover
-from layerscope.features.pathways.batching import BatchedActivations
 from layerscope.features.pathways.discover import project
 from layerscope.models import Add, Apply, LanguageModel
 from support.tiny_models import tiny, tiny_tokenizer
@@ -142,34 +139,6 @@ def _remembered(pullback: Pullback) -> list[bool]:
 
     pullback._alone = attempt  # type: ignore[method-assign] # pyright: ignore
     return ways
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        functional.silu,
-        functional.gelu,
-        partial(functional.gelu, approximate="tanh"),
-        functional.softplus,
-        partial(functional.elu, alpha=0.7),
-        torch.tanh,
-    ],
-)
-def test_slopes_had_in_advance_are_those_of_the_function(
-    function: Callable[[Tensor], Tensor],
-) -> None:
-    values = torch.linspace(-3, 3, 12, dtype=torch.float64).requires_grad_(True)
-    cotangents = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double()
-    expected = function(values)
-    with BatchedActivations():
-        found = function(values)
-    assert torch.equal(found, expected)
-    assert "Slopes" in type(found.grad_fn).__name__
-    ways = [
-        torch.autograd.grad(way, values, cotangents, is_grads_batched=True)[0]
-        for way in (found, expected)
-    ]
-    torch.testing.assert_close(*ways, rtol=1e-12, atol=1e-12)
 
 
 def test_every_active_feature_up_to_the_target_is_a_candidate() -> None:

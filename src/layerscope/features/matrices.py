@@ -94,7 +94,7 @@ class Matrix:
         if self._held is not None:
             return self._held[index.to(self._held.device)]
         scale = None if self._scale is None else self._scale[index]
-        return self._read(self._view()[index], scale)
+        return self._read(self._view()[index], scale, copied=True)
 
     def norms(self) -> Float[Tensor, " n"]:
         """Return the L2 norm of every row, float64, with little of the matrix in memory."""
@@ -122,7 +122,7 @@ class Matrix:
             device=self.device,
         )
 
-    def _read(self, values: Tensor, scale: Tensor | None) -> Tensor:
+    def _read(self, values: Tensor, scale: Tensor | None, *, copied: bool = False) -> Tensor:
         self.bytes_read += values.numel() * values.element_size()
         # One copy from the mapped file, whatever its layout: nothing else of this size exists.
         wide = self.dtype
@@ -131,7 +131,10 @@ class Matrix:
         if self.device.type == "cuda":  # sent as it lies in the file, turned and widened there
             turned = not values.is_contiguous() and values.T.is_contiguous()
             values = values.T.to(self.device).T if turned else values.to(self.device)
-        found = torch.empty(values.shape, dtype=wide, device=self.device).copy_(values)
+        if copied and values.dtype == wide and values.device == self.device:
+            found = values
+        else:
+            found = torch.empty(values.shape, dtype=wide, device=self.device).copy_(values)
         if scale is not None:
             found = found.mul_(scale.to(found.device, wide)[:, None]).to(self.dtype)
         # The sum is finite unless an entry is not, or it overflows; only then look closer.

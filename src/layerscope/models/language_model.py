@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,13 +19,14 @@ from layerscope.errors import (
 )
 from layerscope.models import identities
 from layerscope.models.backends.base import Backend, Cache, Capability, NormChoice
+from layerscope.models.batched_gradients import BatchedGradients
 from layerscope.models.chat import Tuning, find_tuning
 from layerscope.models.edits import Edit, Positions
 from layerscope.models.generation import Generation, Piece, Sampling, Stream
 from layerscope.models.generation.loop import Settings, end_ids, start
 from layerscope.models.identities import IdentityReport
 from layerscope.models.prompts import PaddingSide, PromptsLike, TokenBatch, tokenize
-from layerscope.models.run import Capture, Logits, Packed, RunResult, Start, plan
+from layerscope.models.run import Capture, Gradients, Logits, Packed, RunResult, Start, plan
 from layerscope.models.sites import Site
 from layerscope.models.vocabulary import decode_tokens, token_strings
 from layerscope.products import Products
@@ -263,7 +265,7 @@ class LanguageModel:
         positions: Positions | None = None,
         logits: Logits = "all",
         products: Products = "default",
-        gradients: bool = False,
+        gradients: Gradients = False,
         cache: Cache | None = None,
         keep_cache: bool = False,
         lean: bool = False,
@@ -283,7 +285,9 @@ class LanguageModel:
                 Only positions asked for are unembedded.
             products: "checked" uses the fastest float32-accurate matrix product of this machine,
                 for this run only; "default" leaves torch as found.
-            gradients: keep the autograd graph.
+            gradients: keep the autograd graph. "batched" prepares it for many cotangents at once
+                (`batched_gradients.pull_back`): values then differ by rounding, the gains of norms
+                get no gradient, and a gradient none of its own.
             cache: keys and values of an earlier run, whose rows the prompts continue (a text then
                 gets no BOS); positions count the whole sequence.
             keep_cache: keep keys and values of all tokens so far in the result.
@@ -319,7 +323,8 @@ class LanguageModel:
         )
         if gradients and Capability.GRADIENTS not in self.backend.capabilities:
             raise CapabilityError(self.backend.why_lacking(Capability.GRADIENTS))
-        with matrix_products(products, device=self.device) as choice:
+        many = BatchedGradients() if gradients == "batched" else nullcontext()
+        with matrix_products(products, device=self.device) as choice, many:
             execution = self.backend.execute(planned)
         return RunResult(
             activations=execution.activations,

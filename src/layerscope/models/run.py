@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from layerscope.models.prompts import TokenBatch
 
 Logits: TypeAlias = Literal["all", "last"] | Positions | None
+Gradients: TypeAlias = bool | Literal["batched"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class RunPlan:
     start: Start | None = None
     stop_after: int | None = None
     logits: Literal["all"] | Int[Tensor, "batch pos"] | None = "all"
-    gradients: bool = False
+    gradients: Gradients = False
     cache: Cache | None = None
     keep_cache: bool = False
     lean: bool = False
@@ -214,7 +215,7 @@ def plan(
     stop_after: int | None = None,
     positions: Positions | None = None,
     logits: Logits = "all",
-    gradients: bool = False,
+    gradients: Gradients = False,
     cache: Cache | None = None,
     keep_cache: bool = False,
     lean: bool = False,

@@ -54,6 +54,9 @@ SCHEMA: Mapping[str, pl.DataType] = {
 }
 
 
+_GATHERED = 16  # positions whose directions are copied at a time
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiscoverOptions:
     """What counts as an edge.
@@ -168,11 +171,17 @@ def project(
 ) -> Float[Tensor, "target entry"]:
     """Return every gradient's product with the write direction of every active feature, float64."""
     found = torch.zeros(len(cotangents), len(layer), dtype=torch.float64)
-    for position in range(cotangents.shape[1]):
-        part = layer.at(position)
-        directions = layer.directions[layer.which[part].to(layer.directions.device)]
-        onto = cotangents[:, position].to(directions) @ directions.T
-        found[:, part] = onto.double().cpu()
+    which = layer.which.to(layer.directions.device)
+    given = cotangents.to(layer.directions)
+    for positions in torch.arange(cotangents.shape[1]).split(_GATHERED):
+        entries = [layer.at(position) for position in positions.tolist()]
+        first, end = entries[0].start, entries[-1].stop
+        directions = layer.directions[which[first:end]]
+        onto = [
+            given[:, position] @ directions[here.start - first : here.stop - first].T
+            for position, here in zip(positions.tolist(), entries, strict=True)
+        ]
+        found[:, first:end] = torch.cat(onto, dim=1)
     return found
 
 

@@ -23,6 +23,7 @@ from layerscope.features.library import DictionarySet
 from layerscope.features.pathways.graph_base import Active, GraphBase
 from layerscope.features.pathways.pruning import GraphOptions, Key, Node, add
 from layerscope.models import Apply, LanguageModel, Site, Start
+from layerscope.models.batched_gradients import pull_back
 from layerscope.models.prompts import PromptsLike
 
 _CHUNK = 64  # cotangents of one backward pass
@@ -179,10 +180,10 @@ class ResidualGraph(GraphBase):
                 capture=f"mlp_out.{layer}",
                 edits=[Apply(f"mlp_in.{layer}", lambda _values, _context: normed[None])],
                 logits=None,
-                gradients=True,
+                gradients="batched",
             )[f"mlp_out.{layer}"][0]
             pulled = [
-                torch.autograd.grad(above, leaf, part, is_grads_batched=True, retain_graph=True)[0]
+                pull_back(above, [leaf], part)[0]
                 for part in cotangents.to(above.dtype).to(above.device).split(_CHUNK)
             ]
         return torch.cat(pulled).cpu().double(), leaf.detach().cpu().double()

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.errors import CapabilityError, ConfigError, nearest
-from layerscope.features.pathways.batching import BatchedActivations
 from layerscope.features.pathways.state import PromptState
 from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import (
@@ -34,6 +33,7 @@ from layerscope.models import (
     Start,
     TokenBatch,
 )
+from layerscope.models.batched_gradients import pull_back
 from layerscope.models.edits import EditFunction
 
 Variant = Literal["total", "frozen", "linear"]
@@ -90,25 +90,22 @@ class Pullback:
         with torch.enable_grad():
             below = self.state.residuals[block : block + 1, : self.n_positions]
             below = below.detach().clone().requires_grad_(True)
-            apart = bool(positions) and self._apart(block)
-            above, mixed = self._pass(block, below, mixed=apart)
+            if reads is not None:
+                found = self._in_two(block, below, cotangents, reads, positions)
+                if found is not None:
+                    return found
+                cotangents = torch.cat([cotangents, self._spread(reads, positions)])
+            above = self._pass(block, below)
             if not above.requires_grad:
                 raise CapabilityError(
                     f"block {block} passes no gradient: the target does not depend on the source "
                     "here; something in the model runs under no_grad or detaches"
                 )
-            alone = None
-            if mixed is not None and mixed.requires_grad and reads is not None:
-                alone = self._alone(block, mixed.detach(), reads, positions)
-            if reads is not None and alone is None:
-                cotangents = torch.cat([cotangents, self._spread(reads, positions)])
             pulled = [
-                _gradients(above, below, part[:, None].to(above.dtype))[:, 0].to(cotangents.dtype)
-                for part in cotangents.split(self.chunk)
+                pull_back(above, [below], part)[0][:, 0].to(cotangents.dtype)
+                for part in cotangents[:, None].to(above.dtype).split(self.chunk)
                 if len(part)
             ]
-            if alone is not None and mixed is not None:
-                pulled += self._mixed(mixed, below, alone, positions, cotangents.dtype)
         return torch.cat(pulled) if pulled else cotangents
 
     def _spread(
@@ -168,24 +165,46 @@ class Pullback:
             found.append((own.flatten(0, 1)[: len(at)], others.flatten(0, 1)[: len(at)]))
         return torch.cat([own for own, _ in found]), torch.cat([others for _, others in found])
 
-    def _mixed(
+    def _in_two(
         self,
-        mixed: Tensor,
-        below: Tensor,
-        alone: tuple[Tensor, Tensor],
+        block: int,
+        below: Float[Tensor, "1 pos d_model"],
+        cotangents: Float[Tensor, "target pos d_model"],
+        reads: Float[Tensor, "more d_model"],
         positions: Sequence[int],
-        dtype: torch.dtype,
-    ) -> list[Float[Tensor, "target pos d_model"]]:
-        """Pull what attention mixed for one row back to all rows, and add that row's own part."""
+    ) -> Float[Tensor, "all_targets pos d_model"] | None:
+        """Do what `through` does in two steps: to what attention mixed, and from there.
+
+        Reads take the first step as single rows, and the second together with all others. None
+        where a block cannot be run on single rows.
+        """
+        if not positions or not self._apart(block):
+            return None
+        cut = _Cut()
+        above = self._pass(block, below, cut)
+        if not (above.requires_grad and cut.mixed.requires_grad):
+            return None
+        alone = self._alone(block, cut.given.detach(), reads, positions)
+        if alone is None:
+            return None
         found: list[Tensor] = []
-        for first in range(0, len(positions), self.chunk):
-            part = slice(first, first + self.chunk)
-            at = list(positions[part])
-            rows = self._spread(alone[1][part], at)
-            pulled = _gradients(mixed, below, rows[:, None])[:, 0].to(dtype)
-            pulled[torch.arange(len(at)), at] += alone[0][part].to(dtype)
+        n_old, n_all = len(cotangents), len(cotangents) + len(positions)
+        for first in range(0, n_all, self.chunk):
+            old = cotangents[first : first + self.chunk]
+            new = slice(max(first - n_old, 0), max(first + self.chunk - n_old, 0))
+            at = list(positions[new])
+            mixed, own = [self._spread(alone[1][new], at)[:, None]], None
+            if len(old):
+                given = old[:, None].to(above.dtype)
+                own, others = pull_back(above, [below, cut.given], given)
+                mixed.insert(0, others)
+            (pulled,) = pull_back(cut.mixed, [below], torch.cat(mixed))
+            pulled = pulled[:, 0].to(cotangents.dtype)
+            if own is not None:
+                pulled[: len(old)] += own[:, 0]
+            pulled[torch.arange(len(old), len(pulled)), at] += alone[0][new].to(pulled.dtype)
             found.append(pulled)
-        return found
+        return torch.cat(found)
 
     def mlp_outputs(self, block: int) -> Float[Tensor, "pos d_model"]:
         """Return what a block's MLP writes, the constants of the linear variant."""
@@ -209,25 +228,24 @@ class Pullback:
         self, block: int, below: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, "1 pos d_model"]:
         """Return the residual after a block from the one before it, as the variant has it."""
-        return self._pass(block, below)[0]
+        return self._pass(block, below)
 
-    def _pass(
-        self, block: int, below: Tensor, *, mixed: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the residual after a block, and what its attention mixed where that is wanted."""
-        site, inner = f"resid_post.{block}", f"attn.{block}.z"
+    def _pass(self, block: int, below: Tensor, cut: _Cut | None = None) -> Tensor:
+        """Return the residual after a block, of what its attention mixed where that is cut."""
+        site = f"resid_post.{block}"
         edits = [] if self.variant == "total" else self._frozen(block, below)
-        with BatchedActivations():
-            result = self.model.run(
-                self.batch,
-                start=Start(block, below),
-                stop_after=block,
-                capture=[site, inner] if mixed else site,
-                edits=edits,
-                logits=None,
-                gradients=True,
-            )
-        return result[site], result[inner] if mixed else None
+        if cut is not None:
+            edits.append(Apply(Site("attn.z", block), cut))
+        result = self.model.run(
+            self.batch,
+            start=Start(block, below),
+            stop_after=block,
+            capture=site,
+            edits=edits,
+            logits=None,
+            gradients="batched",
+        )
+        return result[site]
 
     def _frozen(self, block: int, below: Tensor) -> list[Edit]:
         """Return edits that hold patterns and norms of one block at their values."""
@@ -335,6 +353,22 @@ class Pullback:
         )
 
 
+class _Cut:
+    """An edit that ends gradients at a site, where they can be pulled back further later.
+
+    Attributes:
+        mixed: what the site held. given: the same, as a leaf, which it holds now.
+    """
+
+    mixed: Tensor
+    given: Tensor
+
+    def __call__(self, values: Tensor, _context: EditContext) -> Tensor:
+        self.mixed = values
+        self.given = values.detach().requires_grad_(True)
+        return self.given
+
+
 def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
     """Return the frozen norm of values, with a gradient."""
     centred = values - values.mean(-1, keepdim=True) if norm.centred else values
@@ -368,10 +402,3 @@ def _ratio(before: Tensor | None, behind: Tensor) -> Tensor | None:
     if before is None or torch.equal(before, behind):
         return None
     return torch.where(before == 0, torch.zeros_like(before), behind / before)
-
-
-def _gradients(above: Tensor, below: Tensor, cotangents: Tensor) -> Tensor:
-    """Return the gradient of `below` for every cotangent, sharing the forward pass."""
-    return torch.autograd.grad(above, below, cotangents, is_grads_batched=True, retain_graph=True)[
-        0
-    ]

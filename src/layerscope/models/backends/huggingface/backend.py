@@ -29,7 +29,7 @@ from layerscope.models.backends.huggingface.hooks import (
     stopping_after,
 )
 from layerscope.models.backends.huggingface.kernel import TAPS, KernelShape, Probe, has_kernel
-from layerscope.models.backends.huggingface.one_operation import in_one_operation
+from layerscope.models.backends.huggingface.one_operation import are_worth_it, in_one_operation
 from layerscope.models.backends.huggingface.packing import (
     disprove_packing,
     only_ends,
@@ -155,7 +155,7 @@ class HuggingFaceBackend:
         last = None if plan.stop_after is None else blocks[plan.stop_after].whole.module
         logits = cache = None
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(plan.gradients))
+            stack.enter_context(torch.set_grad_enabled(bool(plan.gradients)))
             start = plan.start
             stack.enter_context(
                 self._resume.watching()
@@ -166,7 +166,7 @@ class HuggingFaceBackend:
             stack.enter_context(installed(recorder, carriers))
             if kernels:
                 stack.enter_context(TAPS.installed(kernels))
-            if plan.packed is not None and self.device.type == "cpu" and not plan.gradients:
+            if self.device.type == "cpu" and are_worth_it(plan):
                 stack.enter_context(in_one_operation(recorder, self.structure))
             stack.enter_context(stopping_after(recorder, last))
             columns = plan.wanted() if plan.lean and plan.stop_after is None else None

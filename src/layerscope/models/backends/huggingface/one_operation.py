@@ -1,4 +1,7 @@
-"""Blocks in fewer operations than transformers writes them in, for packed rows on a CPU.
+"""Blocks in fewer operations than transformers writes them in, on a CPU.
+
+For packed rows and for gradients of many cotangents: passes over so many numbers that reading and
+writing them once for each operation is what costs time.
 
 The same formulas, to rounding. Modules keep their hooks: whoever looks at the projections of an MLP
 sees what is always there, and an MLP whose activation is looked at is left as it is. What a
@@ -13,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import (
@@ -32,10 +36,18 @@ from layerscope.models.backends.huggingface.hooks import Recorder
 from layerscope.models.backends.huggingface.structure import Block, Structure
 from layerscope.models.backends.huggingface.taps import Taps, names_of
 from layerscope.models.backends.recording import current_run
+from layerscope.models.batched_gradients import derivatives
+from layerscope.models.batched_gradients import gate as gate_of
+from layerscope.models.run import RunPlan
 
 _TANH_GELU = (NewGELUActivation, FastGELUActivation, GELUTanh)
 _SILU = (nn.SiLU, SiLUActivation)
 _ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
+
+
+def are_worth_it(plan: RunPlan) -> bool:
+    """Return whether a run is one for these: of packed rows, or with batched gradients."""
+    return plan.gradients == "batched" or (plan.packed is not None and not plan.gradients)
 
 
 @contextmanager
@@ -66,6 +78,18 @@ def _loops() -> ModuleType | None:
     except (ImportError, OSError):  # no numba, or none that goes with this numpy
         return None
     return elementwise
+
+
+def _suiting(*values: Tensor) -> ModuleType | None:
+    """Return loops for these values, those with gradients where the first has one."""
+    loops = _loops()
+    if loops is None or not loops.suits(*values):
+        return None
+    return derivatives() if _differentiable(values[0]) else loops
+
+
+def _differentiable(value: Tensor) -> bool:
+    return torch.is_grad_enabled() and value.requires_grad
 
 
 def _is_gated(block: Block) -> bool:
@@ -102,12 +126,13 @@ def _rotated(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
     def rotary(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        run, loops = current_run(), _loops()
-        packed = isinstance(run, Recorder) and run.plan.packed and not run.plan.gradients
-        if packed and loops is not None and not args and not kwargs and len(q) == len(cos) == 1:
-            tokens = [each[0].transpose(0, 1) for each in (q, k)]
+        run = current_run()
+        mine = isinstance(run, Recorder) and are_worth_it(run.plan)
+        if mine and not args and not kwargs and len(q) == len(cos) == 1:
+            tokens = [each.transpose(1, 2).squeeze(0) for each in (q, k)]
             whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
-            if whole and loops.suits(*tokens, cos, sin):
+            loops = _suiting(*tokens, cos, sin)
+            if whole and loops is not None:
                 turned = (loops.rotate(each, cos[0], sin[0]) for each in tokens)
                 queries, keys = (each.transpose(0, 1)[None] for each in turned)
                 return queries, keys
@@ -126,13 +151,13 @@ def _is_rms_norm(norm: nn.Module) -> bool:
 
 @contextmanager
 def _norm(run: Recorder, norm: Any) -> Generator[None]:
-    loops, plain = _loops(), norm.forward
-    assert loops is not None
+    plain = norm.forward
 
     def forward(hidden_states: Tensor) -> Tensor:
         # A gain of its own for every head is broadcast otherwise.
         one_gain = norm.weight.shape == hidden_states.shape[-1:]
-        if current_run() is not run or not (one_gain and loops.suits(hidden_states, norm.weight)):
+        loops = _suiting(hidden_states, norm.weight) if one_gain else None
+        if current_run() is not run or loops is None:
             return plain(hidden_states)
         return loops.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
@@ -153,6 +178,8 @@ def _gate(run: Recorder, mlp: Any) -> Generator[None]:
         if current_run() is not run:
             return plain(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        if _differentiable(gate):
+            return mlp.down_proj(gate_of(mlp.act_fn, gate, up))
         if loops.suits(gate, up) and gate.shape == up.shape:
             return mlp.down_proj(multiply(gate, up))
         return mlp.down_proj(mlp.act_fn(gate) * up)
@@ -193,6 +220,6 @@ def _gelu(run: Recorder, activation: nn.Module) -> Generator[None]:
 
 def _tanh_gelu(value: Tensor) -> Tensor:
     loops = _loops()
-    if loops is not None and loops.suits(value):
+    if loops is not None and loops.suits(value) and not _differentiable(value):
         return loops.gelu(value)
     return nn.functional.gelu(value, approximate="tanh")

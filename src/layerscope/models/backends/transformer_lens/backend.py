@@ -127,7 +127,7 @@ class TransformerLensBackend:
         }
         with ExitStack() as stack:
             stack.enter_context(self._turn())
-            stack.enter_context(torch.set_grad_enabled(plan.gradients))
+            stack.enter_context(torch.set_grad_enabled(bool(plan.gradients)))
             start = plan.start
             stack.enter_context(
                 self._resume.watching()
