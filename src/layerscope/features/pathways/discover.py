@@ -129,10 +129,12 @@ def discover(
     _check(state, options, baseline)
     n_positions = 1 + max(target.target.position for target in state.targets)
     chunk = options.chunk or _chunk(state, n_positions)
-    pullback = Pullback(state, variant=options.variant, n_positions=n_positions, chunk=chunk)
     best = [_Best() for _ in state.targets]
     top = max(target.row for target in state.targets)
     lowest = min((layer.row for layer in state.layers.values()), default=top)
+    pullback = Pullback(
+        state, variant=options.variant, n_positions=n_positions, chunk=chunk, lowest=lowest
+    )
     by_row = {layer.row: layer for layer in state.layers.values()}
     order = sorted(range(len(state.targets)), key=lambda index: -state.targets[index].row)
     joined = 0

@@ -12,7 +12,8 @@ and only what attention mixed for all rows. What is live in a pass is the varian
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -39,6 +40,8 @@ from layerscope.models.edits import EditFunction
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
 _AFFINE = 0.05  # far above rounding in half precision, far below what a norm does
+_GRAPH_BYTES = 2**26  # of forward passes that are kept for several blocks
+_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 _SAME = 1e-5  # two ways to compute a block differ by rounding: this, or the root of the dtype's
 
 
@@ -50,13 +53,20 @@ class Pullback:
         variant: what is live.
         n_positions: only so many first positions take part: nothing later can drive a target.
         chunk: cotangents of one backward pass.
+        lowest: no block below it will be crossed.
 
     Raises:
         ConfigError: the variant is unknown.
     """
 
     def __init__(
-        self, state: PromptState, *, variant: Variant = "total", n_positions: int, chunk: int = 64
+        self,
+        state: PromptState,
+        *,
+        variant: Variant = "total",
+        n_positions: int,
+        chunk: int = 64,
+        lowest: int = 0,
     ) -> None:
         if variant not in VARIANTS:
             raise ConfigError(
@@ -68,6 +78,8 @@ class Pullback:
         self.batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (n_positions,))
         self.n_positions = n_positions
         self.model = state.model
+        self._lowest = lowest
+        self._graphs: dict[int, _Graph] = {}
 
     def through(
         self,
@@ -88,25 +100,23 @@ class Pullback:
             CapabilityError: the target does not depend on the source: something cuts the graph.
         """
         with torch.enable_grad():
-            below = self.state.residuals[block : block + 1, : self.n_positions]
-            below = below.detach().clone().requires_grad_(True)
-            if reads is not None:
-                found = self._in_two(block, below, cotangents, reads, positions)
-                if found is not None:
-                    return found
-                cotangents = torch.cat([cotangents, self._spread(reads, positions)])
-            above = self._pass(block, below)
-            if not above.requires_grad:
+            graph = self._graph(block)
+            if not graph.above.requires_grad:
                 raise CapabilityError(
                     f"block {block} passes no gradient: the target does not depend on the source "
                     "here; something in the model runs under no_grad or detaches"
                 )
-            pulled = [
-                pull_back(above, [below], part)[0][:, 0].to(cotangents.dtype)
-                for part in cotangents[:, None].to(above.dtype).split(self.chunk)
-                if len(part)
-            ]
-        return torch.cat(pulled) if pulled else cotangents
+            alone = None
+            if reads is not None and positions and graph.cut is not None:
+                alone = self._alone(block, graph.cut.given.detach(), reads, positions)
+            if reads is not None and alone is None:
+                cotangents = torch.cat([cotangents, self._spread(reads, positions)])
+            if alone is None:
+                parts = (part for part in cotangents.split(self.chunk) if len(part))
+                found = [graph.back(part).to(cotangents.dtype) for part in parts]
+            else:
+                found = list(self._joined(graph, cotangents, alone, positions))
+        return torch.cat(found) if found else cotangents
 
     def _spread(
         self, rows: Float[Tensor, "target ..."], positions: Sequence[int]
@@ -165,46 +175,22 @@ class Pullback:
             found.append((own.flatten(0, 1)[: len(at)], others.flatten(0, 1)[: len(at)]))
         return torch.cat([own for own, _ in found]), torch.cat([others for _, others in found])
 
-    def _in_two(
+    def _joined(
         self,
-        block: int,
-        below: Float[Tensor, "1 pos d_model"],
+        graph: _Graph,
         cotangents: Float[Tensor, "target pos d_model"],
-        reads: Float[Tensor, "more d_model"],
+        alone: tuple[Float[Tensor, "more d_model"], Float[Tensor, "more head d_head"]],
         positions: Sequence[int],
-    ) -> Float[Tensor, "all_targets pos d_model"] | None:
-        """Do what `through` does in two steps: to what attention mixed, and from there.
-
-        Reads take the first step as single rows, and the second together with all others. None
-        where a block cannot be run on single rows.
-        """
-        if not positions or not self._apart(block):
-            return None
-        cut = _Cut()
-        above = self._pass(block, below, cut)
-        if not (above.requires_grad and cut.mixed.requires_grad):
-            return None
-        alone = self._alone(block, cut.given.detach(), reads, positions)
-        if alone is None:
-            return None
-        found: list[Tensor] = []
+    ) -> Iterator[Float[Tensor, "part pos d_model"]]:
+        """Pull cotangents back, and with them what attention mixed for single rows."""
         n_old, n_all = len(cotangents), len(cotangents) + len(positions)
         for first in range(0, n_all, self.chunk):
             old = cotangents[first : first + self.chunk]
             new = slice(max(first - n_old, 0), max(first + self.chunk - n_old, 0))
             at = list(positions[new])
-            mixed, own = [self._spread(alone[1][new], at)[:, None]], None
-            if len(old):
-                given = old[:, None].to(above.dtype)
-                own, others = pull_back(above, [below, cut.given], given)
-                mixed.insert(0, others)
-            (pulled,) = pull_back(cut.mixed, [below], torch.cat(mixed))
-            pulled = pulled[:, 0].to(cotangents.dtype)
-            if own is not None:
-                pulled[: len(old)] += own[:, 0]
+            pulled = graph.back(old, self._spread(alone[1][new], at)).to(cotangents.dtype)
             pulled[torch.arange(len(old), len(pulled)), at] += alone[0][new].to(pulled.dtype)
-            found.append(pulled)
-        return torch.cat(found)
+            yield pulled
 
     def mlp_outputs(self, block: int) -> Float[Tensor, "pos d_model"]:
         """Return what a block's MLP writes, the constants of the linear variant."""
@@ -230,22 +216,55 @@ class Pullback:
         """Return the residual after a block from the one before it, as the variant has it."""
         return self._pass(block, below)
 
-    def _pass(self, block: int, below: Tensor, cut: _Cut | None = None) -> Tensor:
-        """Return the residual after a block, of what its attention mixed where that is cut."""
-        site = f"resid_post.{block}"
+    def _pass(self, block: int, below: Tensor) -> Tensor:
+        """Return the residual after a block."""
         edits = [] if self.variant == "total" else self._frozen(block, below)
-        if cut is not None:
-            edits.append(Apply(Site("attn.z", block), cut))
+        return self._run(block, block, below, edits)
+
+    def _run(self, first: int, last: int, below: Tensor, edits: Sequence[Edit]) -> Tensor:
+        site = f"resid_post.{last}"
         result = self.model.run(
             self.batch,
-            start=Start(block, below),
-            stop_after=block,
+            start=Start(first, below),
+            stop_after=last,
             capture=site,
             edits=edits,
             logits=None,
             gradients="batched",
         )
         return result[site]
+
+    def _graph(self, block: int) -> _Graph:
+        """Return a block's forward pass, and run with it as many below it as memory allows."""
+        if self.variant != "total":
+            below = self._leaf(block)
+            return _Graph(below, self._pass(block, below))
+        if block not in self._graphs:
+            self._graphs = self._run_together(block)
+        return self._graphs.pop(block)
+
+    def _leaf(self, block: int) -> Float[Tensor, "1 pos d_model"]:
+        below = self.state.residuals[block : block + 1, : self.n_positions]
+        return below.detach().clone().requires_grad_(True)
+
+    def _run_together(self, last: int) -> dict[int, _Graph]:
+        """Run blocks in one pass, each from the prompt's own residual."""
+        kept = self.n_positions * _KEPT * self.model.d_model * self.model.dtype.itemsize
+        first = max(self._lowest, last + 1 - max(1, _GRAPH_BYTES // kept), 0)
+        leaves = {block: self._leaf(block) for block in range(first, last + 1)}
+        entered = {block: _Cut(leaves[block]) for block in range(first + 1, last + 1)}
+        mixed = {block: _Cut() for block in leaves if self._apart(block)}
+        edits = [Apply(f"resid_pre.{block}", cut) for block, cut in entered.items()]
+        edits += [Apply(Site("attn.z", block), cut) for block, cut in mixed.items()]
+        top = self._run(first, last, leaves[first], edits)
+        found: dict[int, _Graph] = {}
+        for block, below in leaves.items():
+            above = top if block == last else entered[block + 1].found
+            inner = mixed.get(block)
+            # Without a gradient it is a constant, and above is what depends on its leaf alone.
+            passes = inner is not None and inner.found.requires_grad
+            found[block] = _Graph(below, above, inner if passes else None)
+        return found
 
     def _frozen(self, block: int, below: Tensor) -> list[Edit]:
         """Return edits that hold patterns and norms of one block at their values."""
@@ -357,16 +376,52 @@ class _Cut:
     """An edit that ends gradients at a site, where they can be pulled back further later.
 
     Attributes:
-        mixed: what the site held. given: the same, as a leaf, which it holds now.
+        found: what the site held. given: a leaf that it holds now, of the same value unless given.
     """
 
-    mixed: Tensor
+    found: Tensor
     given: Tensor
 
+    def __init__(self, given: Tensor | None = None) -> None:
+        self._given = given
+
     def __call__(self, values: Tensor, _context: EditContext) -> Tensor:
-        self.mixed = values
-        self.given = values.detach().requires_grad_(True)
+        self.found = values
+        self.given = values.detach().requires_grad_(True) if self._given is None else self._given
         return self.given
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """A block's forward pass, kept for its backward passes.
+
+    Attributes:
+        below: leaf that enters the block. above: what leaves it.
+        cut: what its attention mixed, where that is a leaf for what follows.
+    """
+
+    below: Float[Tensor, "1 pos d_model"]
+    above: Float[Tensor, "1 pos d_model"]
+    cut: _Cut | None = None
+
+    def back(
+        self,
+        cotangents: Float[Tensor, "target pos d_model"],
+        mixed: Float[Tensor, "more pos head d_head"] | None = None,
+    ) -> Float[Tensor, "all_targets pos d_model"]:
+        """Pull cotangents of what leaves the block back, and further ones of what is mixed."""
+        given = cotangents[:, None].to(self.above.dtype)
+        if self.cut is None:
+            return pull_back(self.above, [self.below], given)[0][:, 0]
+        others = [] if mixed is None else [mixed[:, None]]
+        own = None
+        if len(given):
+            own, inner = pull_back(self.above, [self.below, self.cut.given], given)
+            others.insert(0, inner)
+        (pulled,) = pull_back(self.cut.found, [self.below], torch.cat(others))
+        if own is not None:
+            pulled[: len(own)] += own
+        return pulled[:, 0]
 
 
 def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
