@@ -23,6 +23,8 @@ from layerscope.features.staging import plan_stages, stages
 from layerscope.models import LanguageModel, TokenBatch
 from layerscope.models.backends.base import Cache, Capability
 from layerscope.models.prompts import PromptsLike
+from layerscope.products import Products, choose
+from layerscope.products import products as matrix_products
 
 _ENCODED_BYTES = 256 * 2**20  # of dense feature values at a time
 
@@ -151,6 +153,7 @@ class PromptState:
         keep_reads: bool = False,
         sources: bool = True,
         other_model: bool = False,
+        products: Products = "checked",
     ) -> PromptState:
         """Run the prompt once, and read every dictionary once.
 
@@ -164,6 +167,8 @@ class PromptState:
                 dictionaries themselves).
             sources: gather active features; without, only the targets' rows are read.
             other_model: accept dictionaries made for a model of another name.
+            products: of the dictionaries; "checked" (the fastest float32-accurate product) or
+                "default". The model's own are torch's.
 
         Raises:
             DictionaryError: a dictionary does not fit, is no autoencoder of the residual stream,
@@ -182,6 +187,7 @@ class PromptState:
             dictionaries.space.require([target.feature])
             wanted[target.feature.layer].append((index, _placed(target, batch.lengths[0])))
         before = dictionaries.bytes_read
+        made = choose(products, device=model.device)
         layers: dict[int, ActiveFeatures] = {}
         found: dict[int, TargetState] = {}
         needed = dictionaries.layers if sources else tuple(sorted(wanted))
@@ -189,8 +195,9 @@ class PromptState:
         plan = plan_stages(dictionaries, needed, decoder=False) if needed else None
         for dictionary in stages(dictionaries, plan) if plan is not None else ():
             row = residual_row(dictionary)
-            active = active_features(dictionary, residuals[row], keep_reads=keep_reads)
             if sources:
+                with matrix_products(made):
+                    active = active_features(dictionary, residuals[row], keep_reads=keep_reads)
                 layers[dictionary.layer] = active
             for index, target in wanted.get(dictionary.layer, ()):
                 found[index] = target_state(dictionary, target, residuals[row])
