@@ -6,10 +6,10 @@ Against the loop that a per-target program runs, on the same prompt and with the
 memory: for each target a forward pass, a backward pass, and a projection of the gradient on whole
 dictionaries ("whole"), or on active features only ("active"). The loops run with the C library's
 allocator as it is found, in a process of their own, and once more as `load` sets it; all take turns
-with ours, because the speed of a shared host drifts. Replays against one whole forward pass per
-edge. Attribution graphs against circuit-tracer, where it is installed, with the same
-transcoders. A 12-layer Llama of random weights, d_model 768, JumpReLU dictionaries of 16 times
-that width, 64 tokens, 64 targets spread over the layers.
+with ours, because the speed of a shared host drifts, and their ratios are medians over rounds.
+Replays against one whole forward pass per edge. Attribution graphs against circuit-tracer, where it
+is installed, with the same transcoders. A 12-layer Llama of random weights, d_model 768, JumpReLU
+dictionaries of 16 times that width, 64 tokens, 64 targets spread over the layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.harness import Report, Timing, interleave, set_threads
+from benchmarks.harness import Report, Timing, interleave, paired_ratio, set_threads
 from benchmarks.models import llama_12x768
 from benchmarks.peers.environments import HERE, Process
 from benchmarks.peers.inputs import token_ids
@@ -64,6 +64,7 @@ def main(*, rounds: int = 3) -> Report:
     targets = spread_targets(model, ids, dictionaries)
     loop = _Loop(model, ids, dictionaries, targets)
     ours = partial(_discover, model, ids, dictionaries, targets)
+    mine = "layerscope, forward to edges"
     with _loop_as_found() as run_as_found:
         timings = interleave(
             {
@@ -71,9 +72,9 @@ def main(*, rounds: int = 3) -> Report:
                 "loop, active features": partial(run_as_found, False),
                 "loop, whole dictionaries, freed memory kept": partial(loop.run, whole=True),
                 "loop, active features, freed memory kept": partial(loop.run, whole=False),
-                "layerscope, forward to edges": ours,
+                mine: ours,
             },
-            rounds=rounds,
+            rounds=2 * rounds + 1,
         )
     share = len(targets) / LOOP_TARGETS
     scaled = {
@@ -81,13 +82,11 @@ def main(*, rounds: int = 3) -> Report:
         for name, timing in timings.items()
     }
     report.add(f"edges into {len(targets)} targets", scaled)
-    mine = scaled["layerscope, forward to edges"].median
     bounds = {"loop, whole dictionaries": 10.0, "loop, active features": 3.0}
     bounds |= {f"{name}, freed memory kept": bound for name, bound in bounds.items()}
     for name, bound in bounds.items():
-        report.claim(
-            f"discovery, {name} / layerscope", scaled[name].median / mine, bound, at_most=False
-        )
+        ratio = paired_ratio(scaled, name, mine)
+        report.claim(f"discovery, {name} / layerscope", ratio, bound, at_most=False)
     state, edges = ours()
     report.claim(
         "largest relative difference of an edge from the loop's", loop.difference(edges), 1e-4

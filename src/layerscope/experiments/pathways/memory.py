@@ -22,6 +22,7 @@ _FIRST_USE = 185e6  # of a first run: 105 MB of libraries' pages, and what they 
 _AROUND = 2**16  # bytes that Linux maps around a page of a file that is read
 _ACTIVE = 64  # features of a token, where the dictionary's file does not say
 _SWEPT = 2**28  # bytes of one backward pass of a sweep
+_FORWARD = 2**26  # bytes of the forward passes that a sweep keeps for it
 _TRACED = 2**30  # bytes of one backward pass that traces input tokens
 _KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 _REPLAYED = 8192  # tokens of one pass of a replay
@@ -119,7 +120,8 @@ def _phases(
     logits = int(sizes.d_vocab or 0) * item
     return {
         "discover": 2 * 4 * group * tokens * d_model
-        + min(_SWEPT, 4 * group * tokens * 12 * d_model) * item / 4,
+        + min(_SWEPT, 4 * group * tokens * 12 * d_model) * item / 4
+        + min(_FORWARD, tokens * int(sizes.n_layers or 1) * _KEPT * d_model * item),
         "replay": min(_REPLAYED, 16 * targets * tokens) * (block + 2 * d_model * item),
         "tokens": max(texts * (logits + len(work.dictionaries) * d_model * item + block), traced),
     }

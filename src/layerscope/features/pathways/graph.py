@@ -19,7 +19,7 @@ from torch import Tensor
 
 from layerscope.errors import DictionaryError
 from layerscope.features.library import DictionarySet
-from layerscope.features.pathways.graph_base import Active, AttributionGraph, GraphBase
+from layerscope.features.pathways.graph_base import Active, AttributionGraph, GraphBase, along
 from layerscope.features.pathways.graph_residual import ResidualGraph
 from layerscope.features.pathways.pruning import GraphOptions, Node, add
 from layerscope.models import LanguageModel, Site
@@ -109,21 +109,25 @@ class TranscoderGraph(GraphBase):
             skipped = self._through_skip(layer, nodes, cotangents)
             parallel = self.model.backend.why_not(Site("resid_mid", layer)) is not None
             if not parallel:  # with the MLP held, the stream before it is as good as behind it
-                cotangents = self.join(cotangents + skipped, chosen)
+                cotangents = self.join(
+                    cotangents if skipped is None else cotangents + skipped, chosen
+                )
                 nodes = [*nodes, *chosen]
-            add(nodes, (cotangents * self.attention_bias(layer)).sum((1, 2)))
+            add(nodes, along(cotangents, self.attention_bias(layer)).sum(1))
             cotangents = self.through(layer, cotangents)
             if parallel:  # its MLP reads what its attention reads
-                cotangents = self.join(cotangents + skipped, chosen)
+                cotangents = self.join(
+                    cotangents if skipped is None else cotangents + skipped, chosen
+                )
                 nodes = [*nodes, *chosen]
         self.add_tokens(nodes, cotangents)
         return nodes
 
-    def _through_skip(self, layer: int, nodes: Sequence[Node], cotangents: Tensor) -> Tensor:
-        """Return cotangents behind a skip: what the MLP's linear part reads before its norm."""
+    def _through_skip(self, layer: int, nodes: Sequence[Node], cotangents: Tensor) -> Tensor | None:
+        """Return cotangents behind a skip, if there is one: of what is read before its norm."""
         skip = self.skips.get(layer)
         if skip is None:
-            return torch.zeros_like(cotangents)
+            return None
         behind = cotangents @ skip
         norm = self.norm(layer)
         add(nodes, (behind @ norm.bias).sum(1))
@@ -134,18 +138,16 @@ class TranscoderGraph(GraphBase):
     ) -> None:
         """Add what is written at a layer: features, errors, biases."""
         add(nodes, (cotangents @ self.biases[layer]).sum(-1))
-        errors = (cotangents * self.errors[layer]).sum(-1)
+        errors = along(cotangents, self.errors[layer])
         for place, node in enumerate(nodes):
             for position, value in enumerate(errors[place].tolist()):
                 if value:
                     node.edges["error", layer, -1, position] = value
         add(nodes, errors.sum(1), errors.abs().amax(1), errors.abs().sum(1))
         for source in self.active.values():
-            rows = source.writes.get(layer)
-            if rows is None or not len(rows):
+            if layer not in source.writes or not len(source.ids):
                 continue
-            found = torch.stack([(c[source.positions] * rows).sum(-1) for c in cotangents])
-            found = found * source.values
+            found = self.onto(cotangents, source, layer) * source.values
             add(nodes, found.sum(1), found.abs().amax(1), found.abs().sum(1))
             held = effects.get(source.layer)
             if held is not None:

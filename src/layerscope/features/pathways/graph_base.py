@@ -206,6 +206,14 @@ class GraphBase:
             node.sums += node.constant
         return new if cotangents is None else torch.cat([cotangents, new])
 
+    def onto(
+        self, cotangents: Float[Tensor, "node pos d_model"], source: Active, layer: int
+    ) -> Float[Tensor, "node entry"]:
+        """Return what a source's active features give by what they write at a layer."""
+        counts = torch.bincount(source.positions, minlength=self.n).tolist()
+        rows = source.writes[layer].split(counts)  # entries are in the order of positions
+        return torch.cat([cotangents[:, at] @ here.T for at, here in enumerate(rows)], dim=1)
+
     def attention_bias(self, layer: int) -> Float[Tensor, "pos d_model"]:
         """Return what a block's frozen attention writes whatever it reads: biases."""
         zero = torch.zeros_like(self.residuals[layer : layer + 1])
@@ -290,6 +298,13 @@ class GraphBase:
             space=FeatureSpace("graph", ()),
             bytes_read=0,
         )
+
+
+def along(
+    cotangents: Float[Tensor, "node pos d_model"], rows: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "node pos"]:
+    """Return the product of every cotangent with the row of its position."""
+    return torch.einsum("npd,pd->np", cotangents, rows)
 
 
 def _wide(norm: FrozenNorm) -> FrozenNorm:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.features.library import DictionarySet
-from layerscope.features.pathways.graph_base import Active, GraphBase
+from layerscope.features.pathways.graph_base import Active, GraphBase, along
 from layerscope.features.pathways.pruning import GraphOptions, Key, Node, add
 from layerscope.models import Apply, LanguageModel, Site, Start
 from layerscope.models.batched_gradients import pull_back
@@ -90,12 +90,10 @@ class ResidualGraph(GraphBase):
         """Explain nodes by a dictionary, and return its features of most influence."""
         source = self._active[layer]
         add(nodes, (cotangents @ self.biases[layer]).sum(-1))
-        self._listed(("error", layer), nodes, (cotangents * self.errors[layer]).sum(-1))
+        self._listed(("error", layer), nodes, along(cotangents, self.errors[layer]))
         if not len(source.ids):
             return []
-        rows = source.writes[layer]
-        found = torch.stack([(c[source.positions] * rows).sum(-1) for c in cotangents])
-        found = found * source.values
+        found = self.onto(cotangents, source, layer) * source.values
         add(nodes, found.sum(1), found.abs().amax(1), found.abs().sum(1))
         # Layers below must have their turn: a share of what is left.
         below = sum(1 for each in self._active if each <= layer)
@@ -126,7 +124,7 @@ class ResidualGraph(GraphBase):
     def _effects(self, layer: int, cotangent: Float[Tensor, "pos d_model"]) -> None:
         """Keep what the first logit owes to every active feature of a layer."""
         source = self._active[layer]
-        owed = (cotangent[source.positions] * source.writes[layer]).sum(-1) * source.values
+        owed = self.onto(cotangent[None], source, layer)[0] * source.values
         for feature, position, value in zip(
             source.ids.tolist(), source.positions.tolist(), owed.tolist(), strict=True
         ):
@@ -146,14 +144,14 @@ class ResidualGraph(GraphBase):
         """Pull cotangents back through a block, and list what its MLP writes beyond its tangent."""
         parallel = self.model.backend.why_not(Site("resid_mid", layer)) is not None
         tangent, stream = self._tangent(layer, parallel, cotangents)
-        written = (cotangents * self.mlp_out[layer]).sum(-1)
-        self._listed(("mlp", layer), nodes, written - (tangent * stream).sum(-1))
+        written = along(cotangents, self.mlp_out[layer])
+        self._listed(("mlp", layer), nodes, written - along(tangent, stream))
         bias = self.attention_bias(layer)
         if parallel:
-            add(nodes, (cotangents * bias).sum((1, 2)))
+            add(nodes, along(cotangents, bias).sum(1))
             return self.through(layer, cotangents) + tangent
         cotangents = cotangents + tangent
-        add(nodes, (cotangents * bias).sum((1, 2)))
+        add(nodes, along(cotangents, bias).sum(1))
         return self.through(layer, cotangents)
 
     def _tangent(
