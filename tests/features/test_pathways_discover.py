@@ -196,7 +196,7 @@ def test_the_linear_variant_adds_up_to_the_pre_activation(family: str) -> None:
     gradient[0, target.target.position] = target.read
     constant = torch.zeros((), dtype=torch.float64)
     for block in range(target.row - 1, 0, -1):
-        written = pullback.mlp_outputs(block) + _attention_bias(state, pullback, block)
+        written = _constant(state, pullback, block)
         constant += (gradient[0] * written.detach()).sum()
         gradient = pullback.through(block, gradient)
         total = (gradient[0] * state.residuals[block]).sum() + constant + target.bias
@@ -209,12 +209,10 @@ def test_the_linear_variant_adds_up_to_the_pre_activation(family: str) -> None:
     assert model.n_layers > 1
 
 
-def _attention_bias(state: PromptState, pullback: Pullback, block: int) -> Tensor:
-    """What attention writes when its input norm reads zero everywhere: biases alone."""
-    below = torch.zeros_like(state.residuals[block : block + 1])
+def _constant(state: PromptState, pullback: Pullback, block: int) -> Tensor:
+    """What a block writes whatever it reads: the biases of its attention, and its MLP, held."""
     with torch.no_grad():
-        above = pullback.block(block, below)
-    return above[0] - pullback.mlp_outputs(block)
+        return pullback.block(block, torch.zeros_like(state.residuals[block : block + 1]))[0]
 
 
 def _reconstruction(family: str, state: PromptState, layer: int) -> Tensor:

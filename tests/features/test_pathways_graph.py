@@ -21,6 +21,7 @@ from layerscope.features.pathways import (
     check_graph,
 )
 from layerscope.features.pathways.graph import TranscoderGraph
+from layerscope.features.pathways.held import HeldBlocks
 from layerscope.models import Site
 from layerscope.products import ProductChoice
 from support.toys import bare_gpt2
@@ -136,11 +137,11 @@ def test_the_held_map_has_no_curvature(family: str) -> None:
 def test_a_norm_that_is_not_held_breaks_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutation that completeness must notice."""
 
-    def live(self: Pullback, block: int, below: torch.Tensor) -> list[object]:
-        return [edit for edit in frozen(self, block, below) if "attn_in" not in str(edit.site)]
+    def live(self: HeldBlocks, *given: object) -> list[object]:
+        return [edit for edit in held(self, *given) if "attn_in" not in str(edit.site)]  # type: ignore[arg-type]
 
-    frozen = Pullback._frozen  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(Pullback, "_frozen", live)
+    held = HeldBlocks.edits
+    monkeypatch.setattr(HeldBlocks, "edits", live)
     graph = attribution_graph(model_of("llama"), IDS, transcoders("llama"), WHOLE)
     assert graph.summary["largest_residual"] > 1e-3
 

@@ -136,7 +136,7 @@ class GraphBase:
     def norm(self, layer: int) -> FrozenNorm:
         """Return the norm before an MLP, held."""
         if layer not in self.norms:
-            self.norms[layer] = _wide(self.linear.mlp_norm(layer))
+            self.norms[layer] = _wide(self.linear.held.mlp_norm(layer))
         return self.norms[layer]
 
     def through(

@@ -6,7 +6,7 @@ what its position alone computes (MLP, output projection, norms) is pulled back 
 and only what attention mixed for all rows. What is live in a pass is the variant's choice:
 
 - ``total``: everything. What happens to the target if the source is nudged.
-- ``frozen``: attention patterns and the scales of norms are held at their values.
+- ``frozen``: attention patterns and the scales of norms are held at their values (see `held`).
 - ``linear``: frozen, and the MLPs' outputs are constants; the target is then affine in its sources.
 """
 
@@ -21,25 +21,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from layerscope.errors import CapabilityError, ConfigError, nearest
+from layerscope.features.pathways.held import HeldBlocks
 from layerscope.features.pathways.state import PromptState
-from layerscope.interventions.stream import FrozenNorm, freeze_norm
 from layerscope.models import (
     Apply,
-    Capture,
     Edit,
     EditContext,
     Replace,
-    Scale,
     Site,
     Start,
     TokenBatch,
 )
 from layerscope.models.batched_gradients import pull_back
-from layerscope.models.edits import EditFunction
 
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
-_AFFINE = 0.05  # far above rounding in half precision, far below what a norm does
 _GRAPH_BYTES = 2**26  # of forward passes that are kept for several blocks
 _KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 _SAME = 1e-5  # two ways to compute a block differ by rounding: this, or the root of the dtype's
@@ -78,6 +74,7 @@ class Pullback:
         self.batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (n_positions,))
         self.n_positions = n_positions
         self.model = state.model
+        self.held = HeldBlocks(state.model, self.batch, state.residuals[:, :n_positions])
         self._lowest = lowest
         self._graphs: dict[int, _Graph] = {}
 
@@ -192,33 +189,12 @@ class Pullback:
             pulled[torch.arange(len(old), len(pulled)), at] += alone[0][new].to(pulled.dtype)
             yield pulled
 
-    def mlp_outputs(self, block: int) -> Float[Tensor, "pos d_model"]:
-        """Return what a block's MLP writes, the constants of the linear variant."""
-        site = f"mlp_out.{block}"
-        start = Start(block, self.state.residuals[block : block + 1, : self.n_positions])
-        found = self.model.run(self.batch, start=start, stop_after=block, capture=site, logits=None)
-        return found[site][0]
-
-    def mlp_norm(self, block: int) -> FrozenNorm:
-        """Return the norm that a block's MLP reads through, held at its scales on this prompt.
-
-        Raises:
-            CapabilityError: it is neither a LayerNorm nor an RMSNorm.
-        """
-        parallel = self.model.backend.why_not(Site("resid_mid", block)) is not None
-        reads = "resid_pre" if parallel else "resid_mid"
-        values = self._values(block, reads)
-        return self._norm(block, reads, "mlp_in", values[reads], values["mlp_in"])
-
     def block(
         self, block: int, below: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, "1 pos d_model"]:
         """Return the residual after a block from the one before it, as the variant has it."""
-        return self._pass(block, below)
-
-    def _pass(self, block: int, below: Tensor) -> Tensor:
-        """Return the residual after a block."""
-        edits = [] if self.variant == "total" else self._frozen(block, below)
+        live = self.variant == "total"
+        edits = [] if live else self.held.edits(block, below, self.variant)
         return self._run(block, block, below, edits)
 
     def _run(self, first: int, last: int, below: Tensor, edits: Sequence[Edit]) -> Tensor:
@@ -238,7 +214,7 @@ class Pullback:
         """Return a block's forward pass, and run with it as many below it as memory allows."""
         if self.variant != "total":
             below = self._leaf(block)
-            return _Graph(below, self._pass(block, below))
+            return _Graph(below, self.block(block, below))
         if block not in self._graphs:
             self._graphs = self._run_together(block)
         return self._graphs.pop(block)
@@ -265,111 +241,6 @@ class Pullback:
             passes = inner is not None and inner.found.requires_grad
             found[block] = _Graph(below, above, inner if passes else None)
         return found
-
-    def _frozen(self, block: int, below: Tensor) -> list[Edit]:
-        """Return edits that hold patterns and norms of one block at their values."""
-        pattern = Site("attn.pattern", block)
-        edits: list[Edit] = []
-        why = self.model.backend.why_not(pattern) or self.model.backend.why_not_edit(pattern)
-        if why is not None:
-            raise CapabilityError(f"variant '{self.variant}' freezes attention patterns: {why}")
-        parallel = self.model.backend.why_not(Site("resid_mid", block)) is not None
-        mlp_reads = "resid_pre" if parallel else "resid_mid"
-        values = self._values(block, mlp_reads)
-        first = self._norm(block, "resid_pre", "attn_in", values["resid_pre"], values["attn_in"])
-        edits.append(Apply(f"attn_in.{block}", lambda _v, _c: _apply(first, below)))
-        edits.append(Apply(pattern, lambda _v, _c: values["pattern"]))
-        factor = _ratio(values.get("attn.out"), values["attn_out"])
-        if factor is not None:
-            seen: dict[str, Tensor] = {}
-            edits.append(Apply(f"attn.{block}.out", _remember(seen)))
-            edits.append(Apply(f"attn_out.{block}", lambda _v, _c: seen["value"] * factor))
-        if self.variant == "linear":
-            edits.append(Apply(f"mlp_out.{block}", lambda _v, _c: values["mlp_out"]))
-            return edits
-        self._require_plain_mlp_output(block)
-        second = self._norm(block, mlp_reads, "mlp_in", values[mlp_reads], values["mlp_in"])
-        if parallel:
-            edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, below)))
-        else:
-            middle: dict[str, Tensor] = {}
-            edits.append(Apply(f"resid_mid.{block}", _remember(middle)))
-            edits.append(Apply(f"mlp_in.{block}", lambda _v, _c: _apply(second, middle["value"])))
-        return edits
-
-    def _require_plain_mlp_output(self, block: int) -> None:
-        """Refuse a norm behind the MLP: it would stay live in a variant that says it is held.
-
-        What is written must be affine in the neurons: their double moves it twice as far from what
-        their absence leaves.
-        """
-        neurons = Site("mlp.post", block)
-        why = self.model.backend.why_not(neurons) or self.model.backend.why_not_edit(neurons)
-        if why is None:
-            none, once, twice = (
-                self._written(block, neurons, factor) for factor in (0.0, 1.0, 2.0)
-            )
-            size = (once - none).abs().max().clamp_min(torch.finfo(once.dtype).tiny)
-            if float((twice - 2 * once + none).abs().max() / size) < _AFFINE:
-                return
-            why = "a norm behind the MLP cannot be held"
-        raise CapabilityError(f"variant 'frozen' in block {block}: {why}; use 'total' or 'linear'")
-
-    def _written(self, block: int, neurons: Site, factor: float) -> Tensor:
-        site = f"mlp_out.{block}"
-        below = self.state.residuals[block : block + 1, : self.n_positions]
-        found = self.model.run(
-            self.batch,
-            start=Start(block, below),
-            stop_after=block,
-            capture=site,
-            edits=[Scale(neurons, factor)],
-            logits=None,
-        )
-        return found[site][0].detach().float()
-
-    def _values(self, block: int, mlp_reads: str) -> dict[str, Tensor]:
-        """Return sites of one block at their clean values; those that do not exist are left out."""
-        inner = {"pattern": f"attn.{block}.pattern", "attn.out": f"attn.{block}.out"}
-        kinds = ("resid_pre", mlp_reads, "attn_in", "attn_out", "mlp_in", "mlp_out")
-        names = inner | {kind: f"{kind}.{block}" for kind in kinds}
-        sites = {
-            kind: Site.parse(name)
-            for kind, name in names.items()
-            if self.model.backend.why_not(Site.parse(name)) is None
-        }
-        start = Start(block, self.state.residuals[block : block + 1, : self.n_positions])
-        found = self.model.run(
-            self.batch,
-            start=start,
-            stop_after=block,
-            capture=Capture(list(sites.values())),
-            logits=None,
-        )
-        return {kind: found[site].detach() for kind, site in sites.items()}
-
-    def _norm(
-        self, block: int, reads: str, gives: str, before: Tensor, behind: Tensor
-    ) -> FrozenNorm:
-        """Hold the norm between two sites at the scales it has on this prompt."""
-
-        def norm(rows: Tensor) -> Tensor:
-            ids = self.batch.ids[:, :1].expand(1, rows.shape[0]).clone()
-            batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), (rows.shape[0],))
-            edits = [] if reads == "resid_pre" else [Replace(f"{reads}.{block}", rows[None])]
-            found = self.model.run(
-                batch,
-                start=Start(block, rows[None]),
-                stop_after=block,
-                capture=f"{gives}.{block}",
-                edits=edits,
-                logits=None,
-            )
-            return found[f"{gives}.{block}"][0]
-
-        return freeze_norm(
-            norm, before[0], behind[0], self.model.dtype, f"the norm before {gives}.{block}"
-        )
 
 
 class _Cut:
@@ -424,15 +295,6 @@ class _Graph:
         return pulled[:, 0]
 
 
-def _apply(norm: FrozenNorm, values: Float[Tensor, "1 pos d_model"]) -> Tensor:
-    """Return the frozen norm of values, with a gradient."""
-    centred = values - values.mean(-1, keepdim=True) if norm.centred else values
-    gain = norm.gain.to(values.device, values.dtype)
-    bias = norm.bias.to(values.device, values.dtype)
-    scale = norm.scale.to(values.device, values.dtype)
-    return centred * gain * scale[:, None] + bias
-
-
 def _same(
     found: Float[Tensor, "row d_model"],
     expected: Float[Tensor, "row d_model"],
@@ -442,18 +304,3 @@ def _same(
     written = (expected - before).float().abs().mean()
     bound = max(_SAME, torch.finfo(found.dtype).eps ** 0.5)
     return bool((found.detach() - expected).float().abs().mean() <= bound * written)
-
-
-def _remember(into: dict[str, Tensor]) -> EditFunction:
-    def keep(values: Tensor, _context: EditContext) -> Tensor:
-        into["value"] = values
-        return values
-
-    return keep
-
-
-def _ratio(before: Tensor | None, behind: Tensor) -> Tensor | None:
-    """Return what a norm behind attention multiplies every value by; None where there is none."""
-    if before is None or torch.equal(before, behind):
-        return None
-    return torch.where(before == 0, torch.zeros_like(before), behind / before)
