@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import layerscope
-from layerscope.models import Add, LanguageModel, Start
+from layerscope.models import Add, LanguageModel, Replace, Start
 from layerscope.models.batched_gradients import BatchedGradients, derivatives, gate, pull_back
 from support.tiny_models import FAMILIES, tiny, tiny_tokenizer
 
@@ -81,6 +81,34 @@ def test_what_has_a_backward_pass_of_its_own_uses_it(family: str, expected: set[
     model = load(family)
     assert expected <= set(names_in(through_a_block(model, "batched")[0].grad_fn))
     assert not expected & set(names_in(through_a_block(model, True)[0].grad_fn))
+
+
+@pytest.mark.parametrize(
+    "site", ["attn.L.q_pre", "attn.L.k_pre", "attn.L.q", "mlp.L.pre", "mlp.L.up"]
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_an_edit_makes_constant_leaves_the_others_their_gradient(
+    site: str, trained: bool
+) -> None:
+    model = load("llama")
+    last = model.n_layers - 1
+    site = site.replace("L", str(last))
+    seen = model.run(IDS, capture=[site, f"resid_pre.{last}"], logits=None)
+    model.backend.model.requires_grad_(trained)  # type: ignore[attr-defined] # pyright: ignore
+    found: list[Tensor] = []
+    for gradients in (True, "batched"):
+        below = seen[f"resid_pre.{last}"].detach().clone().requires_grad_(True)
+        above = model.run(
+            IDS,
+            start=Start(last, below),
+            capture=f"resid_post.{last}",
+            edits=[Replace(site, seen[site].detach())],
+            logits=None,
+            stop_after=last,
+            gradients=gradients,  # type: ignore[arg-type] # pyright: ignore
+        )[f"resid_post.{last}"]
+        found += torch.autograd.grad(above, below, torch.ones_like(above).cumsum(-1))
+    assert (found[0] - found[1]).abs().max() <= 2e-5 * found[0].abs().max()
 
 
 def test_nothing_is_left_behind() -> None:

@@ -140,6 +140,13 @@ def test_values_may_be_wider_than_keys() -> None:
     check(attention_of(causal=False, mine=True), plain, (query, key, value), n=3, bound=32)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_may_be_fewer_than_keys(causal: bool) -> None:
+    query, (key, value) = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 7, 8)
+    mine, plain = (attention_of(causal=causal, mine=way) for way in (True, False))
+    check(mine, plain, (query, key, value), n=3, bound=32)
+
+
 def test_threads_change_no_bit() -> None:
     x, gain = torch.randn(1, 300, 96), torch.randn(96)
     cotangents = torch.randn(7, 1, 300, 96)

@@ -19,13 +19,13 @@ from layerscope.errors import ConfigError
 from layerscope.features.dictionary import SparseDictionary
 from layerscope.interventions.stream import freeze_norm
 from layerscope.models import LanguageModel, Start, TokenBatch
+from layerscope.models.batched_gradients import KEPT
 
 TOLERANCE = 0.02
 _MOST_STEPS = 512
 _GAIN = 0.8  # what a doubling must leave of the gap: below that, rounding is what is left
 _ROWS = 32
 _BYTES = 2**30  # of what one backward pass keeps
-_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ class _Read:
         self._last = dictionary.layer
         self._row = dictionary.read_rows([feature])[0].float()
         self._bias = dictionary.read_bias([feature])[0].float()
-        kept = ids.shape[1] * (self._last + 1) * _KEPT * model.d_model * model.dtype.itemsize
+        kept = ids.shape[1] * (self._last + 1) * KEPT * model.d_model * model.dtype.itemsize
         self.rows = max(1, min(_ROWS, _BYTES // kept))
 
     def __call__(self, entering: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:

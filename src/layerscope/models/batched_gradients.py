@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 # Those that models use, of those without a rule for batches.
 _ONE_BY_ONE: tuple[Callable[..., Tensor], ...] = (
     functional.silu,
@@ -49,7 +50,7 @@ class BatchedGradients(TorchFunctionMode):
         options = kwargs or {}
         if torch.is_grad_enabled():
             in_place = options.get("inplace", False) or "out" in options
-            if func in _ONE_BY_ONE and not in_place:
+            if func in _ONE_BY_ONE and args and not in_place:
 
                 def function(values: Tensor) -> Tensor:
                     return func(values, *args[1:], **options)

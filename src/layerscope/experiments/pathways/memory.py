@@ -14,7 +14,9 @@ from layerscope.experiments.pathways.audit import causal_records
 from layerscope.experiments.pathways.targets import group_size
 from layerscope.experiments.pathways.workspace import Workspace
 from layerscope.features.dictionary import SparseDictionary
+from layerscope.features.pathways.pullback import GRAPH_BYTES
 from layerscope.features.staging import plan_stages
+from layerscope.models.batched_gradients import KEPT
 from layerscope.models.devices import parse_device, place
 from layerscope.models.memory import Sizes
 
@@ -22,9 +24,7 @@ _FIRST_USE = 185e6  # of a first run: 105 MB of libraries' pages, and what they 
 _AROUND = 2**16  # bytes that Linux maps around a page of a file that is read
 _ACTIVE = 64  # features of a token, where the dictionary's file does not say
 _SWEPT = 2**28  # bytes of one backward pass of a sweep
-_FORWARD = 2**26  # bytes of the forward passes that a sweep keeps for it
 _TRACED = 2**30  # bytes of one backward pass that traces input tokens
-_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
 _REPLAYED = 8192  # tokens of one pass of a replay
 _ENCODED = 4096  # tokens of one batch of the tokens stage, with logits
 _TEXTS = 64  # read at once in the tokens stage, few of them longer than a prompt
@@ -115,13 +115,13 @@ def _phases(
     # they are turned into, or, when these are gone, three tensors of the MLP.
     block = 2 * 4 * d_model + item * max(8 * d_model, 3 * d_mlp)
     texts = min(_ENCODED, _TEXTS * tokens)
-    point = tokens * _blocks_traced(work) * _KEPT * d_model * item
+    point = tokens * _blocks_traced(work) * KEPT * d_model * item
     traced = point * max(1, min(32, _TRACED // point)) if point else 0
     logits = int(sizes.d_vocab or 0) * item
     return {
         "discover": 2 * 4 * group * tokens * d_model
         + min(_SWEPT, 4 * group * tokens * 12 * d_model) * item / 4
-        + min(_FORWARD, tokens * int(sizes.n_layers or 1) * _KEPT * d_model * item),
+        + min(GRAPH_BYTES, tokens * int(sizes.n_layers or 1) * KEPT * d_model * item),
         "replay": min(_REPLAYED, 16 * targets * tokens) * (block + 2 * d_model * item),
         "tokens": max(texts * (logits + len(work.dictionaries) * d_model * item + block), traced),
     }

@@ -29,6 +29,7 @@ from layerscope.products import products as matrix_products
 ErrorMode = Literal["passthrough", "frozen"]
 Order = Literal["attribution", "activation", "gradient"]
 SourcePositions = Literal["all", "last"]
+_GATHERED = 16  # positions whose directions are copied at a time
 
 SCHEMA: Mapping[str, pl.DataType] = {
     "prompt_id": pl.String(),
@@ -52,9 +53,6 @@ SCHEMA: Mapping[str, pl.DataType] = {
     "share": pl.Float64(),
     "rank": pl.Int64(),
 }
-
-
-_GATHERED = 16  # positions whose directions are copied at a time
 
 
 @dataclass(frozen=True, kw_only=True)

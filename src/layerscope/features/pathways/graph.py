@@ -109,16 +109,12 @@ class TranscoderGraph(GraphBase):
             skipped = self._through_skip(layer, nodes, cotangents)
             parallel = self.model.backend.why_not(Site("resid_mid", layer)) is not None
             if not parallel:  # with the MLP held, the stream before it is as good as behind it
-                cotangents = self.join(
-                    cotangents if skipped is None else cotangents + skipped, chosen
-                )
+                cotangents = self.join(_sum(cotangents, skipped), chosen)
                 nodes = [*nodes, *chosen]
             add(nodes, along(cotangents, self.attention_bias(layer)).sum(1))
             cotangents = self.through(layer, cotangents)
             if parallel:  # its MLP reads what its attention reads
-                cotangents = self.join(
-                    cotangents if skipped is None else cotangents + skipped, chosen
-                )
+                cotangents = self.join(_sum(cotangents, skipped), chosen)
                 nodes = [*nodes, *chosen]
         self.add_tokens(nodes, cotangents)
         return nodes
@@ -191,3 +187,7 @@ class TranscoderGraph(GraphBase):
                 )
             )
         return chosen
+
+
+def _sum(cotangents: Tensor, skipped: Tensor | None) -> Tensor:
+    return cotangents if skipped is None else cotangents + skipped

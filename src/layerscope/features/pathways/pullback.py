@@ -32,12 +32,11 @@ from layerscope.models import (
     Start,
     TokenBatch,
 )
-from layerscope.models.batched_gradients import pull_back
+from layerscope.models.batched_gradients import KEPT, pull_back
 
 Variant = Literal["total", "frozen", "linear"]
 VARIANTS: tuple[str, ...] = get_args(Variant)
-_GRAPH_BYTES = 2**26  # of forward passes that are kept for several blocks
-_KEPT = 32  # numbers of d_model width that a block's backward pass keeps of a token
+GRAPH_BYTES = 2**26  # of forward passes that are kept for several blocks
 _SAME = 1e-5  # two ways to compute a block differ by rounding: this, or the root of the dtype's
 
 
@@ -225,8 +224,8 @@ class Pullback:
 
     def _run_together(self, last: int) -> dict[int, _Graph]:
         """Run blocks in one pass, each from the prompt's own residual."""
-        kept = self.n_positions * _KEPT * self.model.d_model * self.model.dtype.itemsize
-        first = max(self._lowest, last + 1 - max(1, _GRAPH_BYTES // kept), 0)
+        kept = self.n_positions * KEPT * self.model.d_model * self.model.dtype.itemsize
+        first = max(self._lowest, last + 1 - max(1, GRAPH_BYTES // kept), 0)
         leaves = {block: self._leaf(block) for block in range(first, last + 1)}
         entered = {block: _Cut(leaves[block]) for block in range(first + 1, last + 1)}
         mixed = {block: _Cut() for block in leaves if self._apart(block)}

@@ -81,15 +81,15 @@ def _loops() -> ModuleType | None:
 
 
 def _suiting(*values: Tensor) -> ModuleType | None:
-    """Return loops for these values, those with gradients where the first has one."""
+    """Return loops for these values, those with gradients where any value has one."""
     loops = _loops()
     if loops is None or not loops.suits(*values):
         return None
-    return derivatives() if _differentiable(values[0]) else loops
+    return derivatives() if _differentiable(*values) else loops
 
 
-def _differentiable(value: Tensor) -> bool:
-    return torch.is_grad_enabled() and value.requires_grad
+def _differentiable(*values: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(value.requires_grad for value in values)
 
 
 def _is_gated(block: Block) -> bool:
@@ -131,6 +131,7 @@ def _rotated(plain: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple
         if mine and not args and not kwargs and len(q) == len(cos) == 1:
             tokens = [each.transpose(1, 2).squeeze(0) for each in (q, k)]
             whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
+            whole = whole and not _differentiable(cos, sin)  # angles that are constants
             loops = _suiting(*tokens, cos, sin)
             if whole and loops is not None:
                 turned = (loops.rotate(each, cos[0], sin[0]) for each in tokens)
@@ -178,10 +179,11 @@ def _gate(run: Recorder, mlp: Any) -> Generator[None]:
         if current_run() is not run:
             return plain(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        if _differentiable(gate):
-            return mlp.down_proj(gate_of(mlp.act_fn, gate, up))
-        if loops.suits(gate, up) and gate.shape == up.shape:
-            return mlp.down_proj(multiply(gate, up))
+        if gate.shape == up.shape:
+            if _differentiable(gate, up):
+                return mlp.down_proj(gate_of(mlp.act_fn, gate, up))
+            if loops.suits(gate, up):
+                return mlp.down_proj(multiply(gate, up))
         return mlp.down_proj(mlp.act_fn(gate) * up)
 
     mlp.forward = forward
