@@ -15,7 +15,17 @@ if not has_matrix_units():
     pytest.skip("this machine has no matrix units (AMX), or no numba", allow_module_level=True)
 
 from layerscope.products import choice, matrix_units, replacing
-from layerscope.products.matrix_units import Columns, Rows, bound, product
+from layerscope.products.digits import MOST_DEPTH
+from layerscope.products.matrix_units import (
+    DIGITS,
+    HALVES,
+    Columns,
+    Kind,
+    Rows,
+    bound,
+    bound_of_digits,
+    product,
+)
 from layerscope.products.weights import weights_kept
 
 SHAPES = [
@@ -31,22 +41,158 @@ def _pair(m: int, k: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return a * 2.0 ** torch.randint(-20, 20, (k,), generator=generator), b
 
 
+def _even_pair(m: int, k: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return factors that suit digits, whose rows and columns are of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.rand(*shape, generator=generator) - 0.5 for shape in ((m, k), (k, n)))
+    sizes = [2.0 ** torch.randint(-20, 20, (count,), generator=generator) for count in (m, n)]
+    return a * sizes[0][:, None], b * sizes[1]
+
+
+def _check_digits(found: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    exact = a.double() @ b.double()
+    lengths = a.double().norm(dim=1)[:, None] * b.double().norm(dim=0)
+    if bias is not None:
+        exact, lengths = exact + bias, lengths + bias.abs()
+    assert ((found - exact).abs() <= bound_of_digits(a.shape[1]) * lengths).all()
+
+
 def _check(found: Tensor, a: Tensor, b: Tensor, *, least: float = 1.0) -> None:
     exact, absolute = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     assert ((found - exact).abs() <= least * bound(a.shape[1]) * absolute).all()
 
 
+LAYOUTS = list(itertools.product((False, True), repeat=2))
+
+
+def _turned(factor: Tensor, turn: bool) -> Tensor:
+    return factor.T.contiguous().T if turn else factor
+
+
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-@pytest.mark.parametrize("layout", list(itertools.product((False, True), repeat=2)))
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_shape_and_layout_is_within_the_bound(
     m: int, k: int, n: int, layout: tuple[bool, bool]
 ) -> None:
-    a, b = _pair(m, k, n)
-    if layout[0]:
-        a = a.T.contiguous().T
-    if layout[1]:
-        b = b.T.contiguous().T
+    a, b = (_turned(*each) for each in zip(_pair(m, k, n), layout, strict=True))
     _check(product(a, b), a, b)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_digits_of_every_shape_and_layout_are_within_their_bound(
+    m: int, k: int, n: int, layout: tuple[bool, bool]
+) -> None:
+    a, b = (_turned(*each) for each in zip(_even_pair(m, k, n), layout, strict=True))
+    bias = torch.randn(n)
+    for packed, other in (
+        (Columns.of(b, kind=DIGITS).multiply, a),
+        (Rows.of(a, kind=DIGITS).multiply, b),
+    ):
+        out = torch.full((m, n + 5), 7.0)
+        packed(other, out[:, 2 : n + 2], bias=bias)
+        written = out[:, 2 : n + 2]
+        fits = written.isfinite()
+        if k >= 100:
+            assert fits.all()
+        _check_digits(torch.where(fits, written, a @ b + bias), a, b, bias)
+        assert (out[:, :2] == 7).all()
+        assert (out[:, n + 2 :] == 7).all()
+
+
+def _ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Return a list that every product adds to: how it goes, and of how many rows and columns."""
+    ran: list[tuple[str, int, int]] = []
+    plain = matrix_units._write_product  # pyright: ignore[reportPrivateUsage]
+
+    def counted(
+        a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, kind: Kind
+    ) -> tuple[Tensor | None, Tensor | None]:
+        ran.append(("digits" if kind is DIGITS else "halves", len(a), b.shape[1]))
+        return plain(a, b, bias, out, kind)
+
+    monkeypatch.setattr(matrix_units, "_write_product", counted)
+    return ran
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_uneven_rows_and_columns_are_computed_by_halves(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(500, 256, generator=generator), torch.randn(256, 400, generator=generator)
+    added = torch.randn(400, generator=generator) if bias else None
+    clean = product(a, b, added)
+    uneven, columns = torch.arange(40, 80), torch.arange(100, 140)
+    a[uneven, 3] = 1e6  # meets nothing: in integers of 24 bits the others would be lost
+    a[7] = 0.0
+    b[3] = 0.0
+    b[9, columns] = 1e5
+    a[:, 9] = 0.0
+    ran = _ways(monkeypatch)
+    found = product(a, b, added)
+    assert ran == [("digits", 500, 400), ("halves", 40, 400), ("halves", 500, 40)]
+    _check(found if added is None else (found.double() - added).float(), a, b, least=8.0)
+    assert torch.equal(found[7], torch.zeros(400) if added is None else added)
+    a, b = torch.randn(500, 256, generator=generator), torch.randn(256, 400, generator=generator)
+    whole = product(a, b, added)
+    a[uneven, 3] = 1e6
+    rest = [row for row in range(500) if row not in uneven.tolist()]
+    assert torch.equal(product(a, b, added)[rest], whole[rest])
+    assert clean.isfinite().all()
+
+
+def test_few_uneven_rows_go_to_torch_and_many_to_halves_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 256, generator=generator), torch.randn(256, 200, generator=generator)
+    ran = _ways(monkeypatch)
+    a[20, 5] = 1e4
+    _check(product(a, b), a, b)
+    assert ran == [("digits", 300, 200)]
+    a[:, 5] = 1e4
+    _check(product(a, b), a, b)
+    assert ran[1:] == [("halves", 300, 200)]
+    ran.clear()
+    _check(product(b.T, a.T), b.T, a.T)
+    assert ran == [("halves", 200, 300)]
+
+
+def test_sums_of_digits_hold_the_deepest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = _ways(monkeypatch)
+    # The last two digits of this number are as negative as digits can be.
+    value = (126 * 2**16 - 128 * 2**8 - 128) / 8355000
+    row = torch.full((MOST_DEPTH,), value)
+    row[0] = 1.0
+    found = product(row.expand(40, -1), row[:, None].expand(-1, 40))
+    expected = row.double().square().sum()
+    assert ((found - expected).abs() <= 1e-6 * expected).all()
+    deeper = torch.ones(40, MOST_DEPTH + 1)
+    assert (product(deeper, deeper.T) == MOST_DEPTH + 1).all()
+    assert [way for way, _, _ in ran] == ["digits", "halves"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+@pytest.mark.parametrize("d", [128, 768, 3072])
+def test_digits_are_as_accurate_as_torch(d: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(d)
+    # With a spread the largest entry is often a tenth of a row, as behind a gate.
+    a, b = torch.randn(300, d, generator=generator), torch.randn(d, 200, generator=generator)
+    a = a * torch.exp(spread * torch.randn(300, d, generator=generator))
+    exact = a.double() @ b.double()
+    errors = [(found - exact).square().mean().sqrt() for found in (product(a, b), a @ b)]
+    assert errors[0] <= 4 * errors[1]
+
+
+def test_every_pair_of_digits_counts() -> None:
+    a, b = torch.full((32, 256), 1.0), torch.full((256, 32), 1.0)
+    a[:, 1:], b[1:] = 0.3, 0.7  # each of three digits of both is large
+    one, other = torch.empty(32, 32), torch.empty(32, 32)
+    Columns.of(b, kind=DIGITS).multiply(a, one)
+    Rows.of(a, kind=DIGITS).multiply(b, other)
+    for found in (one, other):
+        torch.testing.assert_close(found, (a.double() @ b.double()).float(), rtol=2e-7, atol=0)
 
 
 def test_errors_are_those_of_float32_and_bfloat16_would_be_noticed() -> None:
@@ -73,22 +219,24 @@ def test_views_with_other_strides() -> None:
     assert (out[:, 250:] == 7).all()
 
 
-def test_threads_and_other_rows_change_no_bit() -> None:
-    a, b = _pair(500, 800, 130)
-    columns = Columns.of(b)
+@pytest.mark.parametrize("kind", [HALVES, DIGITS], ids=["halves", "digits"])
+def test_threads_and_other_rows_change_no_bit(kind: Kind) -> None:
+    a, b = _even_pair(500, 800, 130) if kind is DIGITS else _pair(500, 800, 130)
+    columns = Columns.of(b, kind=kind)
     one, two, few = (torch.empty(n, 130) for n in (500, 500, 37))
     columns.multiply(a, one)
-    Columns.of(b, threads=2).multiply(a, two, threads=2)
+    Columns.of(b, threads=2, kind=kind).multiply(a, two, threads=2)
     columns.multiply(a[100:137], few)
     assert torch.equal(one, two)
     assert torch.equal(one[100:137], few)
-    rows = Rows.of(a, threads=2)
+    rows = Rows.of(a, threads=2, kind=kind)
     for threads in (1, 2):
         rows.multiply(b, two.zero_(), threads=threads)
         assert torch.equal(one, two)
-    turned = torch.empty(130, 500)
-    columns.multiply(a, turned.T)
-    assert torch.equal(one, turned.T)
+    if kind is HALVES:
+        turned = torch.empty(130, 500)
+        columns.multiply(a, turned.T)
+        assert torch.equal(one, turned.T)
     bias = torch.randn(130)
     columns.multiply(a, one, bias=bias)
     columns.multiply(a[100:137], few, bias=bias)
@@ -99,10 +247,13 @@ def test_threads_and_other_rows_change_no_bit() -> None:
 def test_a_factor_is_packed_piece_by_piece_where_it_is_large(
     monkeypatch: pytest.MonkeyPatch, m: int, n: int
 ) -> None:
-    a, b = _pair(m, 64, n)
-    whole = product(a, b.T.contiguous().T)
-    monkeypatch.setattr(matrix_units, "_PARTS_BYTES", 6 * 64 * 50)
-    assert torch.equal(product(a, b.T.contiguous().T), whole)
+    pairs = [_pair(m, 100, n), _even_pair(m, 100, n)]
+    ran = _ways(monkeypatch)
+    wholes = [product(a, b.T.contiguous().T) for a, b in pairs]
+    assert [way for way, _, _ in ran] == ["halves", "digits"]
+    monkeypatch.setattr(matrix_units, "_PARTS_BYTES", 3 * 100 * 50)
+    for (a, b), whole in zip(pairs, wholes, strict=True):
+        assert torch.equal(product(a, b.T.contiguous().T), whole)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(40, 70, 50), (90, 1600, 33), (33, 800, 400)])

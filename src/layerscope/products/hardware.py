@@ -11,7 +11,7 @@ from pathlib import Path
 
 from layerscope.products import openmp
 
-_NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl"}
+_NEEDED = {"amx_tile", "amx_bf16", "amx_int8", "avx512f", "avx512bw", "avx512vl"}
 # linux/arch/x86/include/uapi/asm/prctl.h: a process asks once for the registers of AMX.
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 

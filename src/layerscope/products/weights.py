@@ -50,12 +50,12 @@ def keeps() -> bool:
     return getattr(_here, "kept", None) is not None
 
 
-def kept(factor: Tensor, which: int, make: Callable[[], Parts]) -> Parts:
+def kept(factor: Tensor, which: object, make: Callable[[], Parts]) -> Parts:
     """Return what `make` makes of a part of a factor; in a scope, of a weight it is made once.
 
     Args:
         factor: a view of a weight, or anything else.
-        which: number of the part.
+        which: number of the part, or whatever else tells it from others.
         make: makes something that has `parts`, a tensor.
     """
     store: _Kept | None = getattr(_here, "kept", None)

@@ -8,9 +8,11 @@ them, and fewer passes.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from layerscope.interventions.patching.cells import Step
@@ -158,11 +160,12 @@ def _widths(steps: Sequence[Step], shape: Shape) -> list[int]:
 
 def evenly(widths: Sequence[int], most: int) -> list[slice]:
     """Cut a list into as few parts as hold `most` each (or one entry), none larger than need be."""
-    parts = _greedily(widths, most)
-    low, high = -(-sum(widths) // max(len(parts), 1)), most
+    ends = list(accumulate(widths, initial=0))
+    parts = _greedily(ends, most)
+    low, high = -(-ends[-1] // max(len(parts), 1)), most
     while low < high:
         middle = (low + high) // 2
-        tighter = _greedily(widths, middle)
+        tighter = _greedily(ends, middle)
         if len(tighter) > len(parts):
             low = middle + 1
         else:
@@ -170,15 +173,14 @@ def evenly(widths: Sequence[int], most: int) -> list[slice]:
     return parts
 
 
-def _greedily(widths: Sequence[int], most: int) -> list[slice]:
+def _greedily(ends: Sequence[int], most: int) -> list[slice]:
+    """Cut a list whose sums are `ends`, from the start on, where a part would hold too much."""
     parts: list[slice] = []
-    held = most
-    for at, width in enumerate(widths):
-        if held + width > most:
-            parts.append(slice(at, at))
-            held = 0
-        parts[-1] = slice(parts[-1].start, at + 1)
-        held += width
+    start, last = 0, len(ends) - 1
+    while start < last:
+        stop = max(bisect_right(ends, ends[start] + most) - 1, start + 1)
+        parts.append(slice(start, stop))
+        start = stop
     return parts
 
 

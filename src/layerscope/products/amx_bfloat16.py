@@ -13,135 +13,77 @@ because numba's cache on the disk knows a loop by the age of the file that it is
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
-from numba.core import types
 from numba.extending import intrinsic
 
 from layerscope.products.compiling import Longs, as_array, callback, compiled, take
+from layerscope.products.instructions import (
+    AHEAD,
+    AT_ONCE,
+    BIT,
+    BYTE,
+    FLOATS,
+    INT,
+    LINE,
+    LONG,
+    SHORT,
+    SIDE,
+    VOID,
+    WORDS,
+    Writes,
+    call,
+    clear,
+    configure,
+    fetch,
+    ir,
+    lay_out,
+    load,
+    mask_of,
+    move,
+    plus,
+    pointer_to,
+    release,
+    repeat,
+    share,
+    transpose,
+    written,
+)
+from layerscope.products.tasks import (
+    A_ENTRY,
+    A_ROW,
+    B_COLUMN,
+    B_ENTRY,
+    BIAS,
+    COLUMNS_PACKED,
+    FIELDS,
+    N_COLUMNS,
+    N_ENTRIES,
+    N_PANELS,
+    N_ROWS,
+    NEXT,
+    OUT,
+    OUT_COLUMN,
+    OUT_ROW,
+    PACKED,
+    A,
+    B,
+    tiles,
+)
 
-ir: Any = importlib.import_module("llvmlite.ir")
-
-SIDE, DEPTH = 16, 32  # rows or columns of a block; entries that are added up at a time
+DEPTH = 32  # entries that are added up at a time
 PARTS = 3
-LINE = 64
 PART_BYTES = SIDE * LINE
 STEP_BYTES = PARTS * PART_BYTES  # of one factor, over DEPTH entries
 
-_LONG, _INT, _SHORT, _BYTE, _BIT = (ir.IntType(bits) for bits in (64, 32, 16, 8, 1))
-_POINTER, _VOID = ir.PointerType(), ir.VoidType()
-_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), SIDE), ir.VectorType(_INT, SIDE)
-_HALVES = ir.VectorType(_SHORT, 2 * SIDE)
-_ZEROS = ir.Constant(_FLOATS, [0.0] * SIDE)
+_HALVES = ir.VectorType(SHORT, 2 * SIDE)
 
 CHUNK = 768  # entries added up at a time: with PANEL rows, their parts fit in the second cache
-PANEL = 256  # rows (or columns), at most, that one thread takes at a time
-AT_ONCE = 2 * SIDE  # rows, and columns, that `blocks` takes
-AHEAD = 12  # lines of the next columns (or rows) fetched in a step: all of them in a PANEL
-
-# Fields of a task.
-(
-    A, A_ROW, A_ENTRY, B, B_COLUMN, B_ENTRY, OUT, OUT_ROW, OUT_COLUMN, BIAS,
-    N_ROWS, N_COLUMNS, N_ENTRIES, PACKED, COLUMNS_PACKED, N_PANELS, NEXT, FIELDS,
-) = range(18)  # fmt: skip
-
 # Which part of A meets which of B, 0 the largest. What is left out is below 2 ** -20 of a product.
 # From one pair to the next one factor stays, so that few registers are read again.
 _PAIRS = ((0, 2), (0, 1), (1, 1), (1, 0), (2, 0), (0, 0))
-
-
-def _written(write: Callable[..., Any], n_arguments: int, returns: Any = types.void) -> Any:
-    """Return what numba wants of an intrinsic: its signature, and the function that writes it."""
-
-    def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        found = write(builder, *given)
-        return context.get_dummy_value() if returns is types.void else found
-
-    return returns(*[types.int64] * n_arguments), generate
-
-
-def _call(builder: Any, name: str, returns: Any, *given: Any) -> Any:
-    kind = ir.FunctionType(returns, [each.type for each in given])
-    known = builder.module.globals.get(name)
-    function = known if known is not None else ir.Function(builder.module, kind, name)
-    return builder.call(function, given)
-
-
-def _at(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, _POINTER)
-
-
-def _plus(builder: Any, address: Any, distance: int) -> Any:
-    return builder.add(address, _LONG(distance))
-
-
-def _fetch(builder: Any, address: Any, *, nearest: bool = True) -> None:
-    """Bring a line to the nearest or the second cache; an address of nothing does no harm."""
-    read, cache, data = _INT(0), _INT(3 if nearest else 2), _INT(1)
-    _call(builder, "llvm.prefetch.p0", _VOID, _at(builder, address), read, cache, data)
-
-
-def _share(n: int, turn: int, n_turns: int) -> range:
-    """Return which of n things are done in a turn, where turns share them evenly."""
-    return range(turn * n // n_turns, (turn + 1) * n // n_turns)
-
-
-def _repeat(builder: Any, times: Any, write: Callable[[Any], None]) -> None:
-    """Write a loop over 0, 1, ... `times` - 1, at least once."""
-    before, body = builder.basic_block, builder.append_basic_block("repeat")
-    after = builder.append_basic_block("after")
-    builder.branch(body)
-    builder.position_at_end(body)
-    index = builder.phi(_LONG)
-    index.add_incoming(_LONG(0), before)
-    write(index)
-    following = builder.add(index, _LONG(1))
-    index.add_incoming(following, builder.basic_block)
-    builder.cbranch(builder.icmp_signed("<", following, times), body, after)
-    builder.position_at_end(after)
-
-
-def _first(builder: Any, count: Any) -> Any:
-    """Return a mask of the first `count` of SIDE entries."""
-    one = builder.insert_element(
-        ir.Constant(_WORDS, ir.Undefined), builder.trunc(count, _INT), _INT(0)
-    )
-    everywhere = builder.shuffle_vector(one, one, ir.Constant(_WORDS, [0] * SIDE))
-    return builder.icmp_signed("<", ir.Constant(_WORDS, list(range(SIDE))), everywhere)
-
-
-def _load(builder: Any, address: Any, mask: Any) -> Any:
-    name, where = "llvm.masked.load.v16f32.p0", _at(builder, address)
-    return _call(builder, name, _FLOATS, where, _INT(4), mask, _ZEROS)
-
-
-def _store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
-    name, where = "llvm.masked.store.v16f32.p0", _at(builder, address)
-    _call(builder, name, _VOID, vector, where, _INT(4), mask)
-
-
-@intrinsic
-def _configure(_typing: Any, layout: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-    """Give this thread eight registers of 16 lines of 64 bytes, as written at `layout`."""
-
-    def write(builder: Any, at: Any) -> None:
-        _call(builder, "llvm.x86.ldtilecfg", _VOID, _at(builder, at))
-
-    return _written(write, 1)
-
-
-@intrinsic
-def _release(_typing: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-    """Give the registers back."""
-
-    def write(builder: Any) -> None:
-        _call(builder, "llvm.x86.tilerelease", _VOID)
-
-    return _written(write, 0)
 
 
 @intrinsic
@@ -191,25 +133,25 @@ def _split(  # pyright: ignore[reportUnusedFunction]
             ):
                 address = builder.add(start, builder.mul(index, stride))
                 if whole:
-                    found = builder.load(builder.inttoptr(address, _FLOATS.as_pointer()))
+                    found = builder.load(builder.inttoptr(address, FLOATS.as_pointer()))
                     found.align = 4
                 else:
                     there = builder.icmp_signed("<", index, count)
-                    count = builder.select(there, width, _LONG(0))
-                    found = _load(builder, address, _first(builder, count))
+                    count = builder.select(there, width, LONG(0))
+                    found = load(builder, address, mask_of(builder, count))
                 rests.append(found)
-            upper = ir.Constant(_WORDS, [0xFFFF0000] * SIDE)
-            at = builder.add(out, builder.mul(index, _LONG(LINE)))
+            upper = ir.Constant(WORDS, [0xFFFF0000] * SIDE)
+            at = builder.add(out, builder.mul(index, LONG(LINE)))
             for part in range(PARTS):
                 halves = [builder.bitcast(rest, _HALVES) for rest in rests]
-                chosen = ir.Constant(ir.VectorType(_INT, 2 * SIDE), order)
+                chosen = ir.Constant(ir.VectorType(INT, 2 * SIDE), order)
                 packed = builder.shuffle_vector(*halves, chosen)
-                where = _plus(builder, at, part * PART_BYTES)
+                where = plus(builder, at, part * PART_BYTES)
                 builder.store(packed, builder.inttoptr(where, _HALVES.as_pointer())).align = LINE
                 if part < PARTS - 1:
-                    cut = [builder.and_(builder.bitcast(rest, _WORDS), upper) for rest in rests]
+                    cut = [builder.and_(builder.bitcast(rest, WORDS), upper) for rest in rests]
                     rests = [
-                        builder.fsub(rest, builder.bitcast(large, _FLOATS))
+                        builder.fsub(rest, builder.bitcast(large, FLOATS))
                         for rest, large in zip(rests, cut, strict=True)
                     ]
 
@@ -217,54 +159,23 @@ def _split(  # pyright: ignore[reportUnusedFunction]
         orders = {0: uppers, 1: [uppers[i // 2 + SIDE * (i % 2)] for i in range(2 * SIDE)]}
         counts = builder.add(n_first, n_second), builder.add(width_first, width_second)
         whole = builder.and_(
-            *[builder.icmp_signed("==", count, _LONG(2 * SIDE)) for count in counts]
+            *[builder.icmp_signed("==", count, LONG(2 * SIDE)) for count in counts]
         )
         done = builder.append_basic_block("split")
         for alternately, order in orders.items():
             for complete in (1, 0):
                 mine, other = (builder.append_basic_block("case") for _ in range(2))
-                asked = builder.icmp_signed("==", side_by_side, _LONG(alternately))
-                fits = builder.icmp_signed("==", whole, _BIT(complete))
+                asked = builder.icmp_signed("==", side_by_side, LONG(alternately))
+                fits = builder.icmp_signed("==", whole, BIT(complete))
                 builder.cbranch(builder.and_(asked, fits), mine, other)
                 builder.position_at_end(mine)
-                _repeat(builder, _LONG(SIDE), partial(line, order=order, whole=bool(complete)))
+                repeat(builder, LONG(SIDE), partial(line, order=order, whole=bool(complete)))
                 builder.branch(done)
                 builder.position_at_end(other)
         builder.branch(done)
         builder.position_at_end(done)
 
-    return _written(write, 9)
-
-
-@intrinsic
-def _transpose(_typing: Any, source: Any, out: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-    """Exchange lines and columns of 16 lines of 16 numbers of 4 bytes; `out` may be `source`."""
-
-    def write(builder: Any, source: Any, out: Any) -> None:
-        pointer = _WORDS.as_pointer()
-        lines: list[Any] = []
-        for index in range(SIDE):
-            where = _plus(builder, source, LINE * index)
-            found = builder.load(builder.inttoptr(where, pointer))
-            found.align = LINE
-            lines.append(found)
-        # Squares of 8, 4, 2 and 1: those off the diagonal change places.
-        size = SIDE // 2
-        while size:
-            low = [i if i & size == 0 else i - size + SIDE for i in range(SIDE)]
-            high = [i + size if i & size == 0 else i + SIDE for i in range(SIDE)]
-            for index in range(SIDE):
-                if index & size == 0:
-                    pair = lines[index], lines[index + size]
-                    for place, order in ((index, low), (index + size, high)):
-                        chosen = ir.Constant(_WORDS, order)
-                        lines[place] = builder.shuffle_vector(*pair, chosen)
-            size //= 2
-        for index, found in enumerate(lines):
-            where = _plus(builder, out, LINE * index)
-            builder.store(found, builder.inttoptr(where, pointer)).align = LINE
-
-    return _written(write, 2)
+    return written(write, 9)
 
 
 @intrinsic
@@ -312,20 +223,20 @@ def _blocks(  # pyright: ignore[reportUnusedFunction]
 
         def read(registers: tuple[int, int], starts: tuple[Any, Any], part: int) -> None:
             for register, begin in zip(registers, starts, strict=True):
-                where = _at(builder, _plus(builder, begin, part * PART_BYTES))
-                _call(builder, "llvm.x86.tileloadd64", _VOID, _BYTE(register), where, _LONG(LINE))
+                where = pointer_to(builder, plus(builder, begin, part * PART_BYTES))
+                call(builder, "llvm.x86.tileloadd64", VOID, BYTE(register), where, LONG(LINE))
 
         def step(index: Any) -> None:
-            distance = builder.mul(index, _LONG(STEP_BYTES))
+            distance = builder.mul(index, LONG(STEP_BYTES))
             left = tuple(builder.add(begin, distance) for begin in (a, next_a))
             right = tuple(builder.add(begin, distance) for begin in (b, next_b))
             held: tuple[int, int] | tuple[None, None] = None, None
             soon = [
-                _plus(builder, begin, STEP_BYTES + line * LINE)
+                plus(builder, begin, STEP_BYTES + line * LINE)
                 for line in range(STEP_BYTES // LINE)
                 for begin in (*left, *right)
             ]
-            later = builder.add(ahead, builder.mul(index, _LONG(AHEAD * LINE)))
+            later = builder.add(ahead, builder.mul(index, LONG(AHEAD * LINE)))
             turns = [(pair, target) for pair in _PAIRS for target in sums]
             for turn, (pair, target) in enumerate(turns):
                 if pair[0] != held[0]:
@@ -334,68 +245,30 @@ def _blocks(  # pyright: ignore[reportUnusedFunction]
                     read(columns, right, pair[1])
                 held = pair
                 registers = target, rows[target // 2], columns[target % 2]
-                numbers = [_BYTE(register) for register in registers]
-                _call(builder, "llvm.x86.tdpbf16ps", _VOID, *numbers)
-                for line in _share(len(soon), turn, len(turns)):
-                    _fetch(builder, soon[line])
-                for line in _share(AHEAD, turn, len(turns)):
-                    _fetch(builder, _plus(builder, later, line * LINE), nearest=False)
+                numbers = [BYTE(register) for register in registers]
+                call(builder, "llvm.x86.tdpbf16ps", VOID, *numbers)
+                for line in share(len(soon), turn, len(turns)):
+                    fetch(builder, soon[line])
+                for line in share(AHEAD, turn, len(turns)):
+                    fetch(builder, plus(builder, later, line * LINE), nearest=False)
 
         def place(begin: Any, right: Any, below: Any, register: int) -> Any:
             if register // 2:
                 begin = builder.add(begin, below)
-            return _at(builder, builder.add(begin, right) if register % 2 else begin)
+            return pointer_to(builder, builder.add(begin, right) if register % 2 else begin)
 
         for register in sums:
             where = place(start, start_right, start_below, register)
-            _call(builder, "llvm.x86.tileloadd64", _VOID, _BYTE(register), where, start_stride)
-        _repeat(builder, steps, step)
+            call(builder, "llvm.x86.tileloadd64", VOID, BYTE(register), where, start_stride)
+        repeat(builder, steps, step)
         for register in sums:
             where = place(out, out_right, out_below, register)
-            _call(builder, "llvm.x86.tilestored64", _VOID, _BYTE(register), where, out_stride)
+            call(builder, "llvm.x86.tilestored64", VOID, BYTE(register), where, out_stride)
 
-    return _written(write, 14)
-
-
-@intrinsic
-def _move(  # pyright: ignore[reportUnusedFunction]
-    _typing: Any, source: Any, stride: Any, out: Any, out_stride: Any, n_lines: Any, width: Any
-) -> Any:
-    """Copy the first floats of lines.
-
-    Args:
-        source: address of the first line.
-        stride: from one line to the next.
-        out: address of the first line of the copy.
-        out_stride: from one line of it to the next.
-        n_lines: how many, at least one.
-        width: how many floats of each, 16 at most.
-    """
-
-    def write(
-        builder: Any,
-        source: Any,
-        stride: Any,
-        out: Any,
-        out_stride: Any,
-        n_lines: Any,
-        width: Any,
-    ) -> None:
-        mask = _first(builder, width)
-
-        def line(index: Any) -> None:
-            found = _load(builder, builder.add(source, builder.mul(index, stride)), mask)
-            _store(builder, found, builder.add(out, builder.mul(index, out_stride)), mask)
-
-        _repeat(builder, n_lines, line)
-
-    return _written(write, 6)
+    return written(write, 14)
 
 
-Writes = Callable[..., None]
-configure, release = cast("Writes", _configure), cast("Writes", _release)
-split, transpose = cast("Writes", _split), cast("Writes", _transpose)
-blocks, move = cast("Writes", _blocks), cast("Writes", _move)
+split, blocks = cast("Writes", _split), cast("Writes", _blocks)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64)", fastmath=set(), inline=True)
@@ -430,12 +303,6 @@ def _steps(n_entries: int) -> int:
     return (n_entries + DEPTH - 1) // DEPTH
 
 
-@compiled("int64(int64)", fastmath=set(), inline=True)
-def _tiles(n: int) -> int:
-    """Return how many blocks side by side have room for n rows or columns, in pairs."""
-    return (n + AT_ONCE - 1) // AT_ONCE * 2
-
-
 @compiled("void(int64[::1])", fastmath=set())
 def pack(task: Longs) -> None:
     """Write the parts of B, or of A, chunk after chunk of its entries, 16 columns at a time."""
@@ -444,7 +311,7 @@ def pack(task: Longs) -> None:
         source, across, along, n = task[B], task[B_COLUMN], task[B_ENTRY], task[N_COLUMNS]
     else:
         source, across, along, n = task[A], task[A_ROW], task[A_ENTRY], task[N_ROWS]
-    n_tiles = _tiles(n)
+    n_tiles = tiles(n)
     counter = task.ctypes.data + 8 * NEXT
     while True:
         tile = take(counter)
@@ -562,11 +429,11 @@ def multiply(task: Longs) -> None:
     by_rows = task[COLUMNS_PACKED] == 1
     if by_rows:
         source, across, along, n, n_tiles = (
-            task[A], task[A_ROW], task[A_ENTRY], n_rows, _tiles(n_columns)
+            task[A], task[A_ROW], task[A_ENTRY], n_rows, tiles(n_columns)
         )  # fmt: skip
     else:
         source, across, along, n, n_tiles = (
-            task[B], task[B_COLUMN], task[B_ENTRY], n_columns, _tiles(n_rows)
+            task[B], task[B_COLUMN], task[B_ENTRY], n_columns, tiles(n_rows)
         )  # fmt: skip
     # In squares, shared out evenly: a panel that is larger than the others is waited for.
     n_squares, n_panels = (n + AT_ONCE - 1) // AT_ONCE, task[N_PANELS]
@@ -579,11 +446,8 @@ def multiply(task: Longs) -> None:
     )
     layout = memory.ctypes.data + -memory.ctypes.data % LINE
     own, panel = layout + LINE, layout + 4 * LINE + 4 * PART_BYTES
-    memory[: 5 * LINE] = 0
-    for register in range(8):
-        memory[layout - memory.ctypes.data + 16 + 2 * register] = LINE
-        memory[layout - memory.ctypes.data + 48 + register] = SIDE
-    memory[layout - memory.ctypes.data] = 1
+    clear(own, 3)
+    lay_out(layout)
     configure(layout)
     counter = task.ctypes.data + 8 * NEXT
     while True:
