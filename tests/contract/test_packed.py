@@ -10,6 +10,7 @@ import torch
 import layerscope
 from layerscope.errors import CapabilityError, ConfigError
 from layerscope.models import Add, Capture, Start, TokenBatch
+from layerscope.models.backends.huggingface import packing
 from layerscope.models.run import Packed, Piece
 from support.loaded import EVERY, hf, loaded, state_of
 from support.tiny_models import tiny, tiny_tokenizer
@@ -256,3 +257,16 @@ def test_a_model_whose_attention_sees_more_than_its_kernel_is_refused():
     attention.forward = mixing
     with pytest.raises(CapabilityError, match="differ from rows apart by"):
         run_packed(model, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_loops_the_kernel_is_called_for_each_piece(family, monkeypatch):
+    model = loaded(family)
+    plain = taken(model)
+    ends = Capture("final_norm", positions=ENDS)
+    for capture, lean in (("final_norm", False), (ends, True)):
+        fast = run_packed(model, plain, capture=capture, lean=lean)["final_norm"]
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "_loops", lambda: None)
+            slow = run_packed(model, plain, capture=capture, lean=lean)["final_norm"]
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)

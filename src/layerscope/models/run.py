@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -100,13 +101,21 @@ class Packed:
         """Length of the longest row with what it continues."""
         return max(piece.column + piece.width for piece in self.pieces)
 
+    @functools.cached_property
+    def table(self) -> Int[Tensor, "row 4"]:
+        """For every row: its first token, its first column, its width, the cache's row."""
+        found: list[tuple[int, int, int, int]] = []
+        at = 0
+        for piece in self.pieces:
+            for row in piece.rows:
+                found.append((at, piece.column, piece.width, row))
+                at += piece.width
+        return torch.tensor(found)
+
     def position_ids(self) -> Int[Tensor, "1 pos"]:
         """Return the position of every token in its own row."""
-        places = [
-            torch.arange(piece.column, piece.column + piece.width).repeat(len(piece.rows))
-            for piece in self.pieces
-        ]
-        return torch.cat(places)[None]
+        begin, column, width, _ = self.table.unbind(1)
+        return (torch.arange(int(width.sum())) + (column - begin).repeat_interleave(width))[None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,6 +104,17 @@ def _add(_typing: Any, counter: Any, number: Any) -> Any:  # pyright: ignore[rep
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def _longs_at(_typing: Any, address: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+    """Return an address as one of integers."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], ir.IntType(64).as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), generate
+
+
+longs_at = cast("Callable[[int], Any]", _longs_at)
 take = cast("Callable[[int], int]", _take)  # the address of a counter
 add = cast("Callable[[int, int], int]", _add)
 as_array = cast("Callable[..., Longs]", vars(numba)["carray"])

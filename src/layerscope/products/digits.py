@@ -29,13 +29,20 @@ from layerscope.products.instructions import (
     WORDS,
     Writes,
     call,
+    everywhere,
     fetch,
+    fma,
     ir,
+    larger,
     load,
     mask_of,
+    number_at,
     plus,
+    put,
     repeat,
+    same,
     store,
+    vector,
     written,
 )
 
@@ -60,35 +67,6 @@ _SOON = 16  # lines that `measure` fetches before it reads them
 _BYTES = ir.VectorType(BYTE, LINE)
 
 
-def _everywhere(builder: Any, number: Any) -> Any:
-    """Return a vector of one float."""
-    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(WORDS, [0] * SIDE))
-
-
-def _same(vector: Any, number: float) -> Any:
-    return ir.Constant(vector, [number] * SIDE)
-
-
-def _vector(builder: Any, address: Any, vector: Any) -> Any:
-    found = builder.load(builder.inttoptr(address, vector.as_pointer()))
-    found.align = 4
-    return found
-
-
-def _put(builder: Any, line: Any, address: Any) -> None:
-    builder.store(line, builder.inttoptr(address, line.type.as_pointer())).align = LINE
-
-
-def _larger(builder: Any, one: Any, other: Any) -> Any:
-    """Return the larger numbers of two vectors; where the first is NaN, the second."""
-    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
-
-
-def _fma(builder: Any, one: Any, other: Any, added: Any) -> Any:
-    return call(builder, "llvm.fma.v16f32", FLOATS, one, other, added)
-
-
 def _measuring(builder: Any, *given: Any, copying: bool) -> None:
     """Find the largest sizes, and the sums of squares, of lines of 64 places.
 
@@ -104,7 +82,7 @@ def _measuring(builder: Any, *given: Any, copying: bool) -> None:
     parts = range(GROUP)
     largest, squares = ([alloca_once(builder, FLOATS) for _ in parts] for _ in range(2))
     for place in (*largest, *squares):
-        builder.store(_same(FLOATS, 0.0), place)
+        builder.store(same(FLOATS, 0.0), place)
     ahead = builder.mul(stride, LONG(_SOON))
 
     def line(index: Any, *, width: Any) -> None:
@@ -115,10 +93,10 @@ def _measuring(builder: Any, *given: Any, copying: bool) -> None:
             found = load(builder, address, mask_of(builder, plus(builder, width, -part * SIDE)))
             if copying:
                 to = builder.add(copy[0], builder.mul(index, LONG(GROUP * LINE)))
-                _put(builder, found, plus(builder, to, part * LINE))
+                put(builder, found, plus(builder, to, part * LINE))
             size = call(builder, "llvm.fabs.v16f32", FLOATS, found)
-            builder.store(_larger(builder, size, builder.load(largest[part])), largest[part])
-            total = _fma(builder, found, found, builder.load(squares[part]))
+            builder.store(larger(builder, size, builder.load(largest[part])), largest[part])
+            total = fma(builder, found, found, builder.load(squares[part]))
             builder.store(total, squares[part])
 
     last = plus(builder, n_lines, -1)
@@ -127,7 +105,7 @@ def _measuring(builder: Any, *given: Any, copying: bool) -> None:
     line(last, width=last_width)
     for part in parts:
         for where, places in ((out, largest), (plus(builder, out, DIGIT_BYTES), squares)):
-            _put(builder, builder.load(places[part]), plus(builder, where, part * LINE))
+            put(builder, builder.load(places[part]), plus(builder, where, part * LINE))
 
 
 @intrinsic
@@ -162,19 +140,19 @@ def _fold(  # pyright: ignore[reportUnusedFunction]
     def write(builder: Any, lines: Any, n_lines: Any, out: Any) -> None:
         places = [alloca_once(builder, FLOATS) for _ in range(2)]
         for place in places:
-            builder.store(_same(FLOATS, 0.0), place)
+            builder.store(same(FLOATS, 0.0), place)
         largest, squares = places
 
         def line(index: Any) -> None:
             where = builder.add(lines, builder.mul(index, LONG(LINE)))
-            before, found = builder.load(largest), _vector(builder, where, FLOATS)
-            builder.store(_larger(builder, found, before), largest)
-            found = _vector(builder, plus(builder, where, DIGIT_BYTES), FLOATS)
+            before, found = builder.load(largest), vector(builder, where, FLOATS)
+            builder.store(larger(builder, found, before), largest)
+            found = vector(builder, plus(builder, where, DIGIT_BYTES), FLOATS)
             builder.store(builder.fadd(builder.load(squares), found), squares)
 
         repeat(builder, n_lines, line)
         for which, place in enumerate(places):
-            _put(builder, builder.load(place), plus(builder, out, which * DIGIT_BYTES))
+            put(builder, builder.load(place), plus(builder, out, which * DIGIT_BYTES))
 
     return written(write, 3)
 
@@ -206,8 +184,8 @@ def _fit(  # pyright: ignore[reportUnusedFunction]
         factors: Any,
         scales: Any,
     ) -> Any:
-        largest = _vector(builder, found, FLOATS)
-        squares = _vector(builder, plus(builder, found, DIGIT_BYTES), FLOATS)
+        largest = vector(builder, found, FLOATS)
+        squares = vector(builder, plus(builder, found, DIGIT_BYTES), FLOATS)
         of_column = builder.fdiv(
             ir.Constant(ir.FloatType(), _MOST_OF_COLUMN), builder.sitofp(n_entries, ir.FloatType())
         )
@@ -216,17 +194,17 @@ def _fit(  # pyright: ignore[reportUnusedFunction]
             of_column,
             ir.Constant(ir.FloatType(), _MOST_OF_ROW),
         )
-        allowed = builder.fmul(squares, _everywhere(builder, most))
+        allowed = builder.fmul(squares, everywhere(builder, most))
         even = builder.fcmp_ordered("<=", builder.fmul(largest, largest), allowed)
         for relation, limit in ((">=", _LEAST), ("<=", _MOST)):
-            inside = builder.fcmp_ordered(relation, largest, _same(FLOATS, limit))
+            inside = builder.fcmp_ordered(relation, largest, same(FLOATS, limit))
             even = builder.and_(even, inside)
         # Zeros alone are no difficulty; NaN is not zero.
-        nothing = builder.fcmp_ordered("==", squares, _same(FLOATS, 0.0))
-        nothing = builder.and_(nothing, builder.fcmp_ordered("==", largest, _same(FLOATS, 0.0)))
-        zero, nan = _same(FLOATS, 0.0), _same(FLOATS, float("nan"))
-        factor = builder.fdiv(_same(FLOATS, _LARGEST), largest)
-        scale = builder.fmul(largest, _same(FLOATS, 65536.0 / _LARGEST))
+        nothing = builder.fcmp_ordered("==", squares, same(FLOATS, 0.0))
+        nothing = builder.and_(nothing, builder.fcmp_ordered("==", largest, same(FLOATS, 0.0)))
+        zero, nan = same(FLOATS, 0.0), same(FLOATS, float("nan"))
+        factor = builder.fdiv(same(FLOATS, _LARGEST), largest)
+        scale = builder.fmul(largest, same(FLOATS, 65536.0 / _LARGEST))
         everything, there = mask_of(builder, LONG(SIDE)), mask_of(builder, n)
         store(builder, builder.select(even, factor, zero), factors, everything)
         unfit = builder.select(nothing, zero, nan)
@@ -305,9 +283,7 @@ def _digits_along(  # pyright: ignore[reportUnusedFunction]
             there = builder.icmp_signed("<", index, n)
             count = builder.select(there, n_entries, LONG(0))
             where = builder.add(factors, builder.mul(index, LONG(4)))
-            factor = builder.load(builder.inttoptr(where, ir.FloatType().as_pointer()))
-            factor.align = 4
-            factor = _everywhere(builder, factor)
+            factor = everywhere(builder, number_at(builder, where))
             wholes: list[Any] = []
             for part in range(DEPTH // SIDE):
                 mask = mask_of(builder, plus(builder, count, -part * SIDE))
@@ -317,7 +293,7 @@ def _digits_along(  # pyright: ignore[reportUnusedFunction]
                 whole = _in_digits(builder, found, factor)
                 wholes.append(builder.bitcast(whole, _BYTES))
             for digit, digits in enumerate(_gathered(builder, wholes, side_by_side=False)):
-                _put(builder, digits, plus(builder, to, digit * DIGIT_BYTES))
+                put(builder, digits, plus(builder, to, digit * DIGIT_BYTES))
 
         repeat(builder, LONG(SIDE), line)
 
@@ -341,7 +317,7 @@ def _digits_across(  # pyright: ignore[reportUnusedFunction]
 
     def write(builder: Any, *given: Any) -> None:
         source, stride, factors, n, n_entries, out = given
-        factor = _vector(builder, factors, FLOATS)
+        factor = vector(builder, factors, FLOATS)
 
         def line(index: Any) -> None:
             to, wholes = builder.add(out, builder.mul(index, LONG(LINE))), []
@@ -352,7 +328,7 @@ def _digits_across(  # pyright: ignore[reportUnusedFunction]
                 found = load(builder, builder.add(source, builder.mul(number, stride)), mask)
                 wholes.append(builder.bitcast(_in_digits(builder, found, factor), _BYTES))
             for digit, digits in enumerate(_gathered(builder, wholes, side_by_side=True)):
-                _put(builder, digits, plus(builder, to, digit * DIGIT_BYTES))
+                put(builder, digits, plus(builder, to, digit * DIGIT_BYTES))
 
         repeat(builder, LONG(SIDE), line)
 
@@ -395,15 +371,14 @@ def _combine(  # pyright: ignore[reportUnusedFunction]
             start = builder.add(sums, builder.mul(index, LONG(LINE)))
             total = None
             for which in reversed(range(SUMS)):  # the smallest first
-                found = _vector(builder, plus(builder, start, which * DIGIT_BYTES), WORDS)
+                found = vector(builder, plus(builder, start, which * DIGIT_BYTES), WORDS)
                 size = builder.sitofp(found, FLOATS)
-                below = _same(FLOATS, 2.0**-8)
-                total = size if total is None else _fma(builder, total, below, size)
+                below = same(FLOATS, 2.0**-8)
+                total = size if total is None else fma(builder, total, below, size)
             where = builder.add(row_scales, builder.mul(index, LONG(4)))
-            scale = builder.load(builder.inttoptr(where, ir.FloatType().as_pointer()))
-            scale.align = 4
-            scaled = builder.fmul(total, _everywhere(builder, scale))
-            result = _fma(builder, scaled, columns, added)
+            scale = everywhere(builder, number_at(builder, where))
+            scaled = builder.fmul(total, scale)
+            result = fma(builder, scaled, columns, added)
             store(builder, result, builder.add(out, builder.mul(index, stride)), mask)
 
         repeat(builder, n_lines, line)

@@ -26,6 +26,12 @@ def has_matrix_units() -> bool:
     return _flags() >= _NEEDED and _asked()
 
 
+@functools.lru_cache(maxsize=1)
+def has_wide_vectors() -> bool:
+    """Return True where the CPU is known to have vectors of 16 floats (AVX-512)."""
+    return _flags() >= {"avx512f", "avx512bw", "avx512vl"}
+
+
 def _flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

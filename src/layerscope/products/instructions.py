@@ -1,4 +1,4 @@
-"""The machine's instructions that loops on matrix units (AMX) are made of, for numba.
+"""Vectors of 16 numbers, and the instructions of matrix units (AMX), for loops of numba.
 
 A register of these units has 16 lines of 64 bytes. Addresses, counts and distances in bytes are
 integers; nothing here checks them. numba's cache on the disk knows a loop by the age of the file
@@ -102,6 +102,63 @@ def store(builder: Any, vector: Any, address: Any, mask: Any) -> None:
     call(builder, name, VOID, vector, where, INT(4), mask)
 
 
+def number_at(builder: Any, address: Any) -> Any:
+    """Return the float at an address."""
+    found = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
+    found.align = 4
+    return found
+
+
+def everywhere(builder: Any, number: Any) -> Any:
+    """Return a vector of one float, 16 times."""
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), number, INT(0))
+    return builder.shuffle_vector(one, one, same(WORDS, 0))
+
+
+def same(kind: Any, number: float) -> Any:
+    """Return a vector of one constant, 16 times."""
+    return ir.Constant(kind, [number] * SIDE)
+
+
+def vector(builder: Any, address: Any, kind: Any = FLOATS) -> Any:
+    """Read a vector at any place."""
+    found = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    found.align = 4
+    return found
+
+
+def put(builder: Any, line: Any, address: Any) -> None:
+    """Write a vector to the start of a line."""
+    builder.store(line, builder.inttoptr(address, line.type.as_pointer())).align = LINE
+
+
+def fma(builder: Any, one: Any, other: Any, added: Any) -> Any:
+    """Return ``one * other + added``, rounded once."""
+    return call(builder, "llvm.fma.v16f32", FLOATS, one, other, added)
+
+
+def larger(builder: Any, one: Any, other: Any) -> Any:
+    """Return the larger numbers of two vectors; where the first is NaN, the second."""
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+def turned(builder: Any, lines: list[Any]) -> list[Any]:
+    """Exchange lines and columns of 16 vectors."""
+    lines = list(lines)
+    # Squares of 8, 4, 2 and 1: those off the diagonal change places.
+    size = SIDE // 2
+    while size:
+        low = [i if i & size == 0 else i - size + SIDE for i in range(SIDE)]
+        high = [i + size if i & size == 0 else i + SIDE for i in range(SIDE)]
+        for index in range(SIDE):
+            if index & size == 0:
+                pair = lines[index], lines[index + size]
+                for place, order in ((index, low), (index + size, high)):
+                    lines[place] = builder.shuffle_vector(*pair, ir.Constant(WORDS, order))
+        size //= 2
+    return lines
+
+
 @intrinsic
 def _lay_out(_typing: Any, layout: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
     """Write at `layout` what `configure` reads: eight registers of 16 lines of 64 bytes."""
@@ -152,19 +209,7 @@ def _transpose(_typing: Any, source: Any, out: Any) -> Any:  # pyright: ignore[r
             found = builder.load(builder.inttoptr(where, pointer))
             found.align = LINE
             lines.append(found)
-        # Squares of 8, 4, 2 and 1: those off the diagonal change places.
-        size = SIDE // 2
-        while size:
-            low = [i if i & size == 0 else i - size + SIDE for i in range(SIDE)]
-            high = [i + size if i & size == 0 else i + SIDE for i in range(SIDE)]
-            for index in range(SIDE):
-                if index & size == 0:
-                    pair = lines[index], lines[index + size]
-                    for place, order in ((index, low), (index + size, high)):
-                        chosen = ir.Constant(WORDS, order)
-                        lines[place] = builder.shuffle_vector(*pair, chosen)
-            size //= 2
-        for index, found in enumerate(lines):
+        for index, found in enumerate(turned(builder, lines)):
             where = plus(builder, out, LINE * index)
             builder.store(found, builder.inttoptr(where, pointer)).align = LINE
 

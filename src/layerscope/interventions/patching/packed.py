@@ -152,7 +152,8 @@ class PackedClimb:
         return final
 
     def _widths(self, steps: Sequence[Step]) -> list[int]:
-        return [self.recording.n_columns - step.column for step in steps]
+        n_columns = self.recording.n_columns
+        return [n_columns - step.column for step in steps]
 
     def _stored(
         self, layer: int, steps: Sequence[Step], widths: Sequence[int]

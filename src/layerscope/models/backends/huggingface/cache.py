@@ -97,6 +97,14 @@ class KeyValueCache:
         """Return the cache of the columns before one."""
         return self._map(self.mask[:, :column], lambda x: x[:, :, :column])
 
+    def stored(self, block: int) -> tuple[Tensor, Tensor, Int[Tensor, " row"] | None]:
+        """Return keys and values of one block as they are stored, and which stored row each is.
+
+        None stands for the same order.
+        """
+        layer = _layers(self._native)[block]
+        return layer.keys, layer.values, self._rows
+
     def past(self, block: int, rows: Sequence[int], column: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one block before a column, [row, kv_head, key, d]."""
         layer = _layers(self._native)[block]

@@ -1,16 +1,19 @@
 """Rows of different beginnings in one row of tokens: linear layers see them as one long row.
 
 Everything in a block but attention treats each token by itself. So rows that continue a cache at
-different positions need no padding to share a pass: they are laid one after the other, and the
-attention kernel is called once for each piece of equal rows, with the keys and values of its own
-past. The model's own mask is not used, so models with windows take part as long as rows are
+different positions need no padding to share a pass: they are laid one after the other. Attention is
+one call of compiled loops for all of them where the kernel is torch's and these loops are to be
+had; else the kernel is called once for each piece of equal rows, with the keys and values of its
+own past. The model's own mask is not used, so models with windows take part as long as rows are
 shorter than those. Every model is proved once before it may.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import accumulate
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +58,7 @@ def packed_attention(
     *,
     ends: bool = False,
 ) -> tuple[Tensor, None]:
-    """Call a block's kernel once for each piece, with the past of its own rows.
+    """Let every row attend to its own past and to itself, by loops of ours or the block's kernel.
 
     Args:
         heads: queries, keys and values of all tokens, [1, head, pos, d].
@@ -66,6 +69,10 @@ def packed_attention(
     if not isinstance(block, int) or options.get("position_bias") is not None:
         raise CapabilityError("the attention of this model does not say which block it is in")
     query, key, value = heads
+    if kernel is sdpa_attention_forward and not given.gradients:
+        output = _in_one_call(heads, given.packed, given.cache.stored(block), options, ends=ends)
+        if output is not None:
+            return output[None], None
     shape = query.shape[2], query.shape[1], value.shape[-1]
     found = query.new_zeros(shape) if ends else query.new_empty(shape)
     at = 0
@@ -91,6 +98,40 @@ def packed_attention(
             output = kernel(module, query[:, :, -asks:], key, value, mask, *args, **options)
         into[:, -asks:] = output[0] if isinstance(output, tuple) else output
     return found[None], None
+
+
+@functools.lru_cache(maxsize=1)
+def _loops() -> ModuleType | None:
+    try:
+        from layerscope.products import attention
+    except (ImportError, OSError):  # no numba, or none that goes with this numpy
+        return None
+    return attention
+
+
+def _in_one_call(
+    heads: tuple[Tensor, Tensor, Tensor],
+    packed: Packed,
+    past: tuple[Tensor, Tensor, Int[Tensor, " row"] | None],
+    options: dict[str, Any],
+    *,
+    ends: bool,
+) -> Float[Tensor, "token head d_value"] | None:
+    """Return what compiled loops make of all pieces; None where there are none, or do not suit."""
+    loops, (keys, values, rows) = _loops(), past
+    if loops is None or not loops.suits(*heads, keys, values):
+        return None
+    # Some families store something smaller, which their blocks make keys of.
+    if keys.shape[1::2] != heads[1].shape[1::2] or values.shape[1::2] != heads[2].shape[1::2]:
+        return None
+    table = packed.table
+    if rows is not None:
+        table = table.clone()
+        table[:, 3] = rows[table[:, 3]]
+    query, key, value = (part[0] for part in heads)
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return loops.causal_attention(query, key, value, (keys, values), table, scale=scale, ends=ends)
 
 
 def _grouped(
