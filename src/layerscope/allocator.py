@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # numbers of glibc's mallopt
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+LARGEST_KEPT = 32 * 2**20
+"""Bytes of the largest freed memory that glibc can be told to keep."""
 _NEVER = 2**31 - 1
 _PAD = 64 * 2**20
 # glibc's own switches: variables, and names inside GLIBC_TUNABLES.
@@ -37,11 +38,22 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library: musl has no such switch
         return False
     settings = (
-        (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
+        (_MMAP_THRESHOLD, LARGEST_KEPT),
         (_TRIM_THRESHOLD, _NEVER),
         (_TOP_PAD, _PAD),
     )
-    return all(bool(mallopt(option, value)) for option, value in settings)
+    kept = all(bool(mallopt(option, value)) for option, value in settings)
+    _Told.to_keep = _Told.to_keep or kept
+    return kept
+
+
+def keeps_freed_memory() -> bool:
+    """Return True where `keep_freed_memory` was called, and could do it."""
+    return _Told.to_keep
+
+
+class _Told:
+    to_keep = False
 
 
 def _chosen() -> bool:

@@ -22,6 +22,7 @@ from layerscope.products.matrix_units import (
     Columns,
     Kind,
     Rows,
+    Slices,
     bound,
     bound_of_digits,
     product,
@@ -377,6 +378,25 @@ def test_what_does_not_suit_is_left_to_torch() -> None:
         torch.testing.assert_close(few @ few.T, (few[:, None] * few).sum(-1))
 
 
+@pytest.mark.parametrize("uneven", [0, 3, 40])
+def test_slices_of_a_weight_with_uneven_rows(uneven: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(100, 128, generator=generator)
+    weight = torch.randn(300, 128, generator=generator)
+    vectors[50 : 50 + uneven, 3] = 1e6
+    weight[60 : 60 + uneven, 7] = 1e5
+    weight[:, 3] = 0.0
+    vectors[:, 7] = 0.0
+    slices, out = Slices(vectors, weight), torch.full((100, 300), torch.nan)
+    for first in range(0, 300, 130):
+        tokens = slice(first, first + 130)
+        slices.multiply(weight[tokens], out[:, tokens])
+    if uneven:
+        _check(out, vectors, weight.T, least=2.0)
+    else:
+        _check_digits(out, vectors, weight.T)
+
+
 def test_a_readout_of_many_rows_runs_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(130, 64, generator=generator)
@@ -384,13 +404,13 @@ def test_a_readout_of_many_rows_runs_on_them(monkeypatch: pytest.MonkeyPatch) ->
     reference = Reference(index=torch.arange(130) % 10, hidden=hidden[:10])
     choice.choose("checked")  # measures once per process, with products that do not count here
     ran: list[int] = []
-    plain = Columns.multiply
+    plain = Slices.multiply
 
-    def counted(self: Columns, a: Tensor, out: Tensor, *, threads: int = 1) -> None:
-        ran.append(len(a))
-        plain(self, a, out, threads=threads)
+    def counted(self: Slices, part: Tensor, out: Tensor) -> None:
+        ran.append(len(part))
+        plain(self, part, out)
 
-    monkeypatch.setattr(Columns, "multiply", counted)
+    monkeypatch.setattr(Slices, "multiply", counted)
     monkeypatch.setattr(fused, "FROM_LOGITS", 0)
     found, expected = (
         readout(hidden, unembedding, reference=reference, products=products)

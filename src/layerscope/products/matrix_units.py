@@ -285,8 +285,42 @@ def product(
     return out
 
 
+class Slices:
+    """Vectors that are multiplied with a weight slice by slice, in any thread."""
+
+    def __init__(
+        self, vectors: Float[Tensor, "slot d_model"], weight: Float[Tensor, "vocab d_model"]
+    ) -> None:
+        """Take vectors apart; entries of a weight's row lie side by side."""
+        self._vectors = vectors
+        self._columns: Columns | None = None
+        self._uneven: Tensor | None = None
+        if _is_even(vectors, 0) and _is_even(weight, 1):
+            self._rows = Rows.of(vectors, kind=DIGITS)
+            self._uneven = _unfit([self._rows])
+            if self._uneven is None or len(self._uneven) < _FEW:
+                return
+        self._columns = Columns.of(vectors.T)
+
+    def multiply(
+        self, part: Float[Tensor, "token d_model"], out: Float[Tensor, "slot token"]
+    ) -> None:
+        """Write the products with some rows of the weight, on the calling thread."""
+        if self._columns is not None:
+            self._columns.multiply(part, out.T)
+            return
+        tokens = _unfit([self._rows.multiply(part.T, out)])
+        if tokens is not None:
+            out[:, tokens] = self._vectors @ part[tokens].T
+        if self._uneven is not None:
+            out[self._uneven] = self._vectors[self._uneven] @ part.T
+
+
 def _is_even(vectors: Tensor, is_column: int) -> bool:
     """Return whether digits suit nearly all of some rows (or columns)."""
+    if vectors.dtype != torch.float32:
+        step = max(len(vectors) // (_SAMPLES * SIDE), 1)
+        vectors = vectors[::step][: _SAMPLES * SIDE].float()
     count, depth = vectors.shape
     if depth > digits.MOST_DEPTH:
         return False

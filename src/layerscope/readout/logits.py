@@ -52,7 +52,7 @@ def multiply(
         size = min(size, -(-len(weight) // (_SHARES * budget.workers)))
     slices = [slice(first, first + size) for first in range(0, len(weight), size)]
     left = iter(slices)
-    columns, in_line = None, weight.stride(1) == 1 or converted is not None
+    apart, in_line = None, weight.stride(1) == 1 or converted is not None
     dots = dots if in_line else None
     if (
         in_line
@@ -62,7 +62,7 @@ def multiply(
     ):
         from layerscope.products import matrix_units
 
-        columns = matrix_units.Columns.of(in_bits.T)
+        apart = matrix_units.Slices(in_bits, weight)
 
     def work(_share: int, worker: int) -> None:
         for tokens in left:  # whoever is free takes the next
@@ -71,13 +71,13 @@ def multiply(
                 part = converted[worker][: len(part)].copy_(part)
             if dots is not None:
                 dots.multiply(in_bits.numpy(), part.numpy(), out[:, tokens].numpy())
-            elif columns is not None:
-                columns.multiply(part, out[:, tokens].T)
+            elif apart is not None:
+                apart.multiply(part, out[:, tokens])
             else:
                 _multiply(in_bits, part, out=out[:, tokens])
 
     at_once = min(budget.workers, len(slices))
-    of_ours = dots is not None or columns is not None
+    of_ours = dots is not None or apart is not None
     with nullcontext() if of_ours else product_scope(products):
         workers.map(work, range(at_once), at_once=at_once)
 

@@ -28,6 +28,7 @@ _WORKING_SET = 1 << 20  # logits that a worker holds: with their scratch they st
 _TILE_ROWS = 208  # more rows per product gain nothing on a CPU ...
 _TILE_LOGITS = 208 * 32_000  # ... unless they are narrow,
 _TILE_ROWS_IN_PARTS = 416  # unless each product takes the weights apart first (matrix units) ...
+_TILE_LOGITS_IN_PARTS = 832 * 32_000  # ... which narrow ones let many rows share ...
 _TILE_ROWS_CONVERTED = 2048  # ... or converts them
 _SLICE_BYTES = 16 * 2**20  # of weights converted to float32 at a time
 
@@ -117,7 +118,8 @@ class Budget:
             )
         tile = max(_TILE_ROWS, _TILE_LOGITS // d_vocab)
         if converted or in_parts:
-            tile = max(tile, _TILE_ROWS_CONVERTED if converted else _TILE_ROWS_IN_PARTS)
+            apart = max(_TILE_ROWS_IN_PARTS, _TILE_LOGITS_IN_PARTS // d_vocab)
+            tile = max(tile, _TILE_ROWS_CONVERTED if converted else apart)
         return Budget(group, rows, tile, tokens, d_vocab, workers)
 
     def worked_on(self, n_slots: int) -> int:

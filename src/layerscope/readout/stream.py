@@ -11,6 +11,7 @@ from torch import Tensor
 from layerscope.products import ProductChoice, Products, choose
 from layerscope.products.choice import MATRIX_UNITS
 from layerscope.readout import finish, fused, geometry, logits, ranking
+from layerscope.readout.buffers import lent
 from layerscope.readout.job import Job
 from layerscope.readout.part import Part, own_rows
 from layerscope.readout.plan import Budget, Tile, plan
@@ -84,8 +85,9 @@ def readout(
         budget=budget,
     )
     collector = Collector()
-    with workers:
-        stream = _Stream(job, budget, tiles, products, workers, compiled)
+    n_logits = max(tile.slots.numel() for tile in tiles) * unembedding.d_vocab
+    with workers, lent(n_logits, hidden.device) as memory:
+        stream = _Stream(job, budget, tiles, products, workers, compiled, memory)
         for tile in tiles:
             stream.read(tile, collector)
         raw = collector.finish(n_rows=job.n_rows)
@@ -109,21 +111,20 @@ class _Stream:
         products: ProductChoice,
         workers: Workers,
         compiled: ModuleType | None,
+        memory: Float[Tensor, " logit"],
     ) -> None:
-        self.compiled = compiled
+        self.compiled, self.logits = compiled, memory
         self.job, self.budget, self.products, self.workers = job, budget, products, workers
         d_vocab, device = job.unembedding.d_vocab, job.hidden.device
         worked_on = max(
             tile.slots.shape[1] * min(budget.worked_on(tile.slots.shape[1]), tile.slots.shape[0])
             for tile in tiles
         )
-        n_tile = max(tile.slots.numel() for tile in tiles)
-        self.dots = None if compiled is None else fused.load_dots(n_tile)
+        self.dots = None if compiled is None else fused.load_dots(len(memory) // d_vocab)
         shape = (3 if tiles[0].paired else 1, worked_on * d_vocab)
         if compiled is not None:
             shape = (fused.SCRATCH_ROWS, d_vocab)
         self.block_length = ranking.block_length(d_vocab, job.n_likely)
-        self.logits = torch.empty(n_tile * d_vocab, device=device)
         self.scratch = [torch.empty(shape, device=device) for _ in range(budget.workers)]
         self.converted: list[Tensor] | None = None
         if job.unembedding.weight.dtype != torch.float32:
