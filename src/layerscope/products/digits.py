@@ -50,15 +50,15 @@ DEPTH = 64  # entries that are added up at a time
 DIGITS = 3
 DIGIT_BYTES = SIDE * LINE
 STEP_BYTES = DIGITS * DIGIT_BYTES  # of one factor, over DEPTH entries
-MOST_DEPTH = 2**15  # entries of a row: three products of digits of each still add up in 32 bits
+MOST_DEPTH = 2**15  # entries of a row, of each of which three products are added up in 32 bits
 SUMS = 3  # products of digits are added up apart by their size
 
 # The square of a row's largest entry over the sum of its squares, at most; and of a column's, over
 # their mean. What is added up in rows, activations, is often less even than weights.
-_MOST_OF_ROW, _MOST_OF_COLUMN = 0.16, 36.0
+MOST_OF_ROW, MOST_OF_COLUMN = 0.16, 36.0
 _LEAST, _MOST = 2.0**-60, 2.0**60  # of a largest entry
 # Of 24 bits in digits from -128 to 127 that is 127 * (2 ** 16 + 2 ** 8 + 1), less some rounding.
-_LARGEST = 8355000.0
+LARGEST = 8355000.0
 
 GROUP = 4  # times 16 rows that are taken apart together
 
@@ -187,12 +187,12 @@ def _fit(  # pyright: ignore[reportUnusedFunction]
         largest = vector(builder, found, FLOATS)
         squares = vector(builder, plus(builder, found, DIGIT_BYTES), FLOATS)
         of_column = builder.fdiv(
-            ir.Constant(ir.FloatType(), _MOST_OF_COLUMN), builder.sitofp(n_entries, ir.FloatType())
+            ir.Constant(ir.FloatType(), MOST_OF_COLUMN), builder.sitofp(n_entries, ir.FloatType())
         )
         most = builder.select(
             builder.icmp_signed("==", is_column, LONG(1)),
             of_column,
-            ir.Constant(ir.FloatType(), _MOST_OF_ROW),
+            ir.Constant(ir.FloatType(), MOST_OF_ROW),
         )
         allowed = builder.fmul(squares, everywhere(builder, most))
         even = builder.fcmp_ordered("<=", builder.fmul(largest, largest), allowed)
@@ -203,8 +203,8 @@ def _fit(  # pyright: ignore[reportUnusedFunction]
         nothing = builder.fcmp_ordered("==", squares, same(FLOATS, 0.0))
         nothing = builder.and_(nothing, builder.fcmp_ordered("==", largest, same(FLOATS, 0.0)))
         zero, nan = same(FLOATS, 0.0), same(FLOATS, float("nan"))
-        factor = builder.fdiv(same(FLOATS, _LARGEST), largest)
-        scale = builder.fmul(largest, same(FLOATS, 65536.0 / _LARGEST))
+        factor = builder.fdiv(same(FLOATS, LARGEST), largest)
+        scale = builder.fmul(largest, same(FLOATS, 65536.0 / LARGEST))
         everything, there = mask_of(builder, LONG(SIDE)), mask_of(builder, n)
         store(builder, builder.select(even, factor, zero), factors, everything)
         unfit = builder.select(nothing, zero, nan)

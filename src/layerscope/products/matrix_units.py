@@ -108,12 +108,13 @@ def bound_of_digits(d: int) -> float:
 
     With t the unit of the last digit: every entry of one vector is off by at most t, and what is
     left out of d products is at most (2 ** 23 + 2 ** 14) t t'. The evenness that `digits` asks
-    for ties t to the length of a vector: at most 0.4 of it for rows, 6 / sqrt(d) for columns, over
-    8,355,000. Eight roundings come on top. A bias counts as a part of the product of the lengths.
+    for ties t to the length of a vector: the largest entry is at most 0.4 of it in rows, and
+    6 / sqrt(d) in columns. Eight roundings come on top. A bias counts as a part of the product of
+    the lengths.
     """
-    of_row, of_column = 0.4, 6 / d**0.5
+    of_row, of_column = digits.MOST_OF_ROW**0.5, (digits.MOST_OF_COLUMN / d) ** 0.5
     off = (of_row + of_column) * d**0.5 + 1.01 * d * of_row * of_column
-    return 1.01 * off / 8_355_000 + 8 * 2.0**-24
+    return 1.01 * off / digits.LARGEST + 8 * 2.0**-24
 
 
 @dataclass(frozen=True)
