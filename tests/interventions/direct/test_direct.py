@@ -149,14 +149,16 @@ def test_what_parts_write_sums_to_the_stream() -> None:
 
 
 def test_a_norm_that_is_no_norm_is_refused() -> None:
-    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 8, generator=generator)
     with pytest.raises(CapabilityError, match="neither a LayerNorm nor an RMSNorm"):
         freeze_norm(torch.tanh, rows, torch.tanh(rows), torch.float32, "tanh")
     for width in (7, 8):
         norm = torch.nn.LayerNorm(width)
-        torch.nn.init.normal_(norm.weight)
-        torch.nn.init.normal_(norm.bias)
-        rows = torch.randn(4, width)
+        # The first gain divides the others: it must not be small.
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+        torch.nn.init.normal_(norm.bias, generator=generator)
+        rows = torch.randn(4, width, generator=generator)
         frozen = freeze_norm(norm, rows, norm(rows), torch.float32)
         assert frozen.centred
         gain = frozen.gain.float() / frozen.gain[0].float()
