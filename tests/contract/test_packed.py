@@ -270,3 +270,25 @@ def test_without_loops_the_kernel_is_called_for_each_piece(family, monkeypatch):
             patch.setattr(packing, "_loops", lambda: None)
             slow = run_packed(model, plain, capture=capture, lean=lean)["final_norm"]
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        Piece(3, (-1,), 5),
+        Piece(3, (2,), 5),
+        Piece(-2, (0,), 5),
+        Piece(9, (0,), 1),
+    ],
+)
+def test_pieces_that_the_cache_does_not_hold_are_refused(piece):
+    model = loaded("llama")
+    plain = model.run(batch_of(IDS), capture="resid_pre.1", keep_cache=True)
+    row = TokenBatch(
+        torch.zeros(1, piece.size, dtype=torch.long),
+        torch.ones(1, piece.size, dtype=torch.bool),
+        (piece.size,),
+    )
+    start = Start(1, torch.zeros(1, piece.size, model.d_model))
+    with pytest.raises(ConfigError, match="does not fit a cache of 2 rows and 8 columns"):
+        model.run(row, start=start, cache=plain.cache, packed=Packed((piece,)), logits=None)

@@ -127,7 +127,7 @@ def test_scores_far_apart_leave_one() -> None:
 
 def test_nothing_outside_is_read() -> None:
     query, key, value, past, rows = _given(2, 2, 8, 8, 6)
-    for place, wrong in ((1, 7), (3, 2), (2, 3)):
+    for place, wrong in ((0, 99), (0, -1), (1, 7), (1, -1), (2, 3), (3, 2), (3, -1)):
         bad = rows.clone()
         bad[1, place] = wrong
         with pytest.raises(AssertionError):

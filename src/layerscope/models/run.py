@@ -394,6 +394,14 @@ def _check_packed(
             f"packed rows need one row of their {tokens} tokens, a start and a cache; this batch "
             f"is {list(batch.ids.shape)}"
         )
+    n_rows, n_columns = cache.mask.shape
+    for piece in packed.pieces:
+        inside = all(0 <= row < n_rows for row in piece.rows)
+        if not (inside and 0 <= piece.column <= n_columns and piece.width > 0):
+            raise ConfigError(
+                f"{piece} does not fit a cache of {n_rows} rows and {n_columns} columns; give rows "
+                "from 0 on, a column that is stored, and at least one token"
+            )
     if any(Site.parse(edit.site).pos_axis == 2 for edit in edits):
         raise CapabilityError("scores and patterns cannot be edited in packed rows; run them apart")
 

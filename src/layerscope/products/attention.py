@@ -419,6 +419,8 @@ def causal_attention(
     kv_heads, _, d_value = value.shape
     # Loops read what they are told to: nothing may lie outside.
     _, column, _, row = rows.amax(0).tolist()
+    ends_of_rows, longest = (rows[:, :2] + rows[:, 2:3]).amax(0).tolist()
+    assert int(rows.amin()) >= 0 and ends_of_rows <= n_tokens
     stored = [each.shape for each in past]
     assert all(row < shape[0] and column <= shape[2] for shape in stored)
     assert [shape[1::2] for shape in stored] == [(kv_heads, d), (kv_heads, d_value)]
@@ -436,7 +438,7 @@ def causal_attention(
     task[[OUT, SCALE]] = out.data_ptr(), factor.ctypes.data
     task[[ROWS, N_ROWS]] = rows.data_ptr(), len(rows)
     task[[KV_HEADS, SHARING, D, D_VALUE]] = kv_heads, n_heads // kv_heads, d, d_value
-    task[[ENDS, LONGEST]] = ends, int((rows[:, 1] + rows[:, 2]).max())
+    task[[ENDS, LONGEST]] = ends, longest
     threads = torch.get_num_threads()
     if threads == 1:
         attend(task)

@@ -14,7 +14,7 @@ is as accurate as float32, in two ways:
 
 An entry depends neither on how the work is shared out nor, as long as products go the same way, on
 the other rows and columns. Numbers below 2 ** -126 count as zero; a row with infinity or NaN gives
-NaN. Importing this module compiles its loops, or loads them from numba's cache.
+nothing finite. Importing this module compiles its loops, or loads them from numba's cache.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def _is_even(vectors: Tensor, is_column: int) -> bool:
     """Return whether digits suit nearly all of some rows (or columns)."""
     if vectors.dtype != torch.float32:
         step = max(len(vectors) // (_SAMPLES * SIDE), 1)
-        vectors = vectors[::step][: _SAMPLES * SIDE].float()
+        vectors = vectors[::step][: _SAMPLES * SIDE].float().contiguous()
     count, depth = vectors.shape
     if depth > digits.MOST_DEPTH:
         return False
